@@ -1,0 +1,34 @@
+"""What every test shares: nbval made to agree with nbdev, repeatable hypothesis runs, and where the photographs lie."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# the same examples on every run, no time limit on a busy machine, and no folder left behind
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+SKIPPED_CELL = re.compile(r"^#\|\s*(eval:\s*false|notest|slow|gpu)\b", re.MULTILINE)
+
+
+def pytest_collection_modifyitems(items):
+    "Let nbval compare notebooks that nbdev_clean has stripped of execution counts, and honour nbdev's flags."
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is None:
+            continue
+        if cell.get("outputs") and cell.get("execution_count") is None:
+            cell.execution_count = 1
+        if SKIPPED_CELL.search(cell.source):
+            item.add_marker(pytest.mark.skip(reason="the cell's nbdev flag leaves it out"))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    "The folder that `PATCHMIX_DATA` names; without one the test is skipped."
+    folder = os.environ.get("PATCHMIX_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("PATCHMIX_DATA names no folder; point it at the photographs to run this test")
+    return Path(folder)

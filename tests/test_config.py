@@ -1,0 +1,85 @@
+"""A configuration is complete, checked and named by what decides the result."""
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchmix_repro.config import CHOICES, PLACE, RECIPES, TrainConfig, config_from, identity, recipe_for, run_folder, run_id, train_config
+from patchmix_repro.core import InputError
+
+
+def test_the_official_recipes():
+    "Learning rate, epochs, drop path and average as in the three repositories (facts sheet, section 2)."
+    tiny, small = recipe_for("convnext", "paper"), recipe_for("convnext_s", "paper")
+    assert (tiny["lr"], tiny["batch_size"], tiny["epochs"], tiny["warmup_epochs"]) == (4e-3, 4096, 300, 20)
+    assert (tiny["drop_path"], small["drop_path"], tiny["layer_scale"], tiny["ema_decay"]) == (0.1, 0.4, 1e-6, 0.9999)
+    swin = recipe_for("swin_s", "paper")
+    assert (swin["lr"], swin["batch_size"], swin["clip_grad"], swin["drop_path"], swin["min_lr"]) == (1e-3, 1024, 5.0, 0.3, 1e-5)
+    deit = recipe_for("deit", "paper")
+    assert (deit["lr"], deit["batch_size"], deit["warmup_epochs"], deit["drop_path"]) == (2.5e-4, 256, 5, 0.1)
+    for recipe in (tiny, swin, deit):
+        assert (recipe["weight_decay"], recipe["mixup_alpha"], recipe["cutmix_alpha"], recipe["label_smoothing"]) == (0.05, 0.8, 1.0, 0.1)
+        assert (recipe["augmentation"], recipe["erase"]) == ("rand-m9-mstd0.5-inc1", 0.25)
+
+
+@pytest.mark.parametrize("model", CHOICES["model"])
+@pytest.mark.parametrize("scale", CHOICES["scale"])
+def test_every_model_and_scale_is_complete(model, scale):
+    config = train_config(model=model, scale=scale)
+    assert all(getattr(config, name) is not None for name in RECIPES["mini"])
+
+
+def test_the_learning_rate_follows_the_batch():
+    assert train_config(model="convnext", scale="paper", batch_size=1024).lr == pytest.approx(1e-3)
+    assert train_config(model="convnext", scale="paper", batch_size=1024, lr=0.5).lr == 0.5
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(modle="swin"), "did you mean 'model'"),
+    (dict(model="convnex"), "did you mean 'convnext'"),
+    (dict(data="shape9"), "did you mean 'shapes9'"),
+    (dict(scale="tiny"), "mini, small, paper"),
+    (dict(mixing=None), "str"),
+    (dict(mixing="cutmix"), "none, timm, patch, switch"),
+    (dict(ratio=-0.1), "0 to 1"), (dict(ratio=1.01), "0 to 1"), (dict(ratio=float("nan")), "float"),
+    (dict(epochs=0), "from 1"), (dict(epochs=2.0), "int"), (dict(seed=True), "int"), (dict(batch_size="64"), "int"),
+    (dict(lr=0.0), "above 0"), (dict(drop_path=1.0), "below 1"), (dict(crop=0.0), "above 0"),
+    (dict(grid=9), "grid 9 does not divide the 56 px"), (dict(grid=[7, 9]), "grid 9"), (dict(grid=0), "does not divide"), (dict(grid=()), "at least one"),
+    (dict(resume="yes"), "bool"), (dict(precision="half"), "float32, bfloat16"), (dict(recipe="swim"), "did you mean 'swin'"),
+    (dict(augmentation="flip"), "timm policy"),
+])
+def test_impossible_values_name_the_remedy(given, words):
+    with pytest.raises(InputError) as error:
+        train_config(**given)
+    assert words in str(error.value)
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        train_config().seed = 1
+
+
+@given(seed=st.integers(0, 10**6), ratio=st.floats(0, 1), out=st.text(max_size=5), resume=st.booleans(), workers=st.integers(0, 64))
+def test_the_name_ignores_places_and_nothing_else(seed, ratio, out, resume, workers):
+    here = train_config(seed=seed, ratio=ratio)
+    there = train_config(seed=seed, ratio=ratio, out=out, resume=resume, workers=workers)
+    assert run_id(here) == run_id(there) and identity(here) == identity(there)
+    assert run_id(here) != run_id(train_config(seed=seed + 1, ratio=ratio))
+
+
+def test_every_field_is_in_the_hash_or_declared_a_place():
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(identity(train_config())) == fields - set(PLACE)
+
+
+def test_out_decides_the_folder(tmp_path):
+    assert run_folder(train_config(out=str(tmp_path))) == tmp_path
+    assert run_folder(train_config()).parts[-2:] == ("runs", run_id(train_config()))
+
+
+def test_a_notebook_namespace():
+    namespace = {"model": "swin", "seed": 3, "In": ["x"], "Out": {}, "_": 1, "_oh": {}, "exit": print, "pd": pytest, "__name__": "__main__"}
+    assert config_from(namespace) == train_config(model="swin", seed=3)
+    with pytest.raises(InputError, match="unknown parameter 'modle'; did you mean 'model'"):
+        config_from(namespace | {"modle": "convnext"})

@@ -1,0 +1,75 @@
+"""Every sample once, rows that can be recounted, one record a run."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchmix_repro import store
+from patchmix_repro.config import train_config
+from patchmix_repro.core import InputError, NonFiniteError
+from patchmix_repro.data import create_dataset
+from patchmix_repro.evaluation import accuracy, evaluate, image_rows, measure
+from patchmix_repro.models import create_model
+from patchmix_repro.training import train
+
+
+class Labelled:
+    "Labels and file names, nothing else."
+
+    def __init__(self, labels, k):
+        self.labels, self.num_classes = torch.tensor(labels), k
+        self.manifest = pd.DataFrame({"file": [f"{i}.png" for i in range(len(labels))]})
+
+    def __len__(self):
+        return len(self.labels)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(2, 12))
+def test_rows_against_a_slow_count(seed, n, k):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(n, k)), rng.integers(0, k, n)
+    rows = image_rows(torch.tensor(logits), Labelled(labels.tolist(), k))
+    for i in range(n):
+        better = sum(v > logits[i, labels[i]] for v in logits[i])
+        assert rows.correct[i] == (better == 0) and rows.correct5[i] == (better < 5)
+        assert rows.probability[i] == pytest.approx(1 / np.exp(logits[i] - logits[i, labels[i]]).sum())
+    assert accuracy(rows).estimate["top1"] == pytest.approx(rows.correct.mean())
+    assert accuracy(rows).low["top1"] <= rows.correct.mean() <= accuracy(rows).high["top1"]
+
+
+def test_every_sample_once_in_order():
+    dataset, seen = create_dataset("shapes9", "val", 56), []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.extend(x[:, 0].double().sum((1, 2)).tolist())
+            return torch.zeros(len(x), 9)
+
+    rows = evaluate(Spy(), dataset, batch_size=300)
+    from patchmix_repro.data import normalize
+    expected = normalize(dataset.images)[:, 0].double().sum((1, 2)).tolist()
+    assert seen == pytest.approx(expected) and rows.file.tolist() == dataset.manifest.file.tolist()
+
+
+def test_wrong_models_are_refused():
+    with pytest.raises(InputError, match="classes the model was trained on"):
+        evaluate(create_model("convmixer", num_classes=3), create_dataset("shapes9", "val", 56))
+    with pytest.raises(NonFiniteError, match="1.png"):
+        image_rows(torch.tensor([[1.0, 0.0], [float("inf"), 0.0]]), Labelled([0, 1], 2))
+
+
+def test_the_record_of_a_run(tmp_path):
+    config = train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
+    run = train(config, progress=False)
+    rows = measure(run)
+    again = measure(run)
+    assert len(list((run.folder / "records").iterdir())) == 1
+    pd.testing.assert_frame_equal(rows, again, check_dtype=False)
+    record = store.read(run.folder / "records").iloc[0]
+    test = create_dataset("shapes9", "test", 56)
+    assert record["data.test"] == test.manifest_hash and len(rows) == len(test) >= 5000
+    assert record["metrics.test_top1"] == pytest.approx(rows.correct.mean()) and record["config.model"] == "convmixer"
+    assert record["provenance"]["modules"]["patchmix_repro.training"] and store.verify(run.folder / "records").empty
+    assert store.read_table(run.folder / "records", "history").val_accuracy.iloc[-1] == run.history.val_accuracy.iloc[-1]

@@ -1,0 +1,85 @@
+"""timm's classes in the papers' geometry."""
+import pytest
+import torch
+
+from patchmix_repro.core import InputError
+from patchmix_repro.data import create_dataset
+from patchmix_repro.models import IMAGE_SIZE, MODELS, PRETRAINED, create_model, plain_attention, predict
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scale", ["mini", "small"])
+def test_forward_and_gradient(name, scale):
+    model = create_model(name, scale, num_classes=5)
+    logits = model(torch.rand(2, 3, IMAGE_SIZE[scale], IMAGE_SIZE[scale]))
+    assert logits.shape == (2, 5)
+    logits.logsumexp(1).sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(PRETRAINED))
+def test_the_paper_scale_is_the_published_network(name):
+    import timm
+    with torch.device("meta"):
+        ours, theirs = create_model(name, "paper", 1000), timm.create_model(PRETRAINED[name])
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_mixer_and_convmixer_at_paper_scale():
+    import timm
+    with torch.device("meta"):
+        mixer, theirs = create_model("mixer", "paper", 1000), timm.create_model("mixer_s16_224")
+        full, shared = create_model("convmixer_full", "paper", 1000), create_model("convmixer", "paper", 1000)
+    assert {k: v.shape for k, v in mixer.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    kernels = [sum(p.numel() for b in m.blocks for p in b[0].fn[0].parameters()) for m in (full, shared)]
+    assert kernels == [8 * 512 * 82, 8 * 82]  # one 9 x 9 kernel and bias a channel, or one for all
+
+
+def test_convit_has_deit_width():
+    with torch.device("meta"):
+        convit = create_model("convit", "paper", 1000)
+    assert convit.embed_dim == 384 and [b.use_gpsa for b in convit.blocks] == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize("scale, stem", [("mini", 1), ("small", 2), ("paper", 4)])
+def test_the_stem_keeps_the_stages(scale, stem):
+    with torch.device("meta"):
+        convnext, swin = create_model("convnext", scale), create_model("swin", scale)
+    assert convnext.stem[0].stride == swin.patch_embed.proj.stride == (stem, stem)
+    assert all(b.attn.window_size == (7, 7) for b in swin.layers[0].blocks)
+
+
+def test_weights_follow_the_generator():
+    models = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        models.append(torch.cat([p.flatten() for p in create_model("convmixer").parameters()]))
+    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
+
+
+@pytest.mark.parametrize("kw, words", [
+    (dict(name="resnet50"), "unknown model"), (dict(name="swin", scale="large"), "unknown scale"),
+    (dict(name="swin", num_classes=1), "integers from 2"), (dict(name="swin", num_classes=True), "integers from 2"),
+    (dict(name="swin", drop_path=1.0), "0 <= rate < 1"), (dict(name="convmixer", drop_path=0.1), "no drop path"),
+    (dict(name="swin", pretrained=True), "no published weights"), (dict(name="mixer", scale="paper", pretrained=True), "no published weights"),
+])
+def test_errors(kw, words):
+    with pytest.raises(InputError, match=words):
+        create_model(**kw)
+
+
+@pytest.mark.parametrize("name", ["deit", "swin"])
+def test_plain_attention_computes_the_same(name):
+    model, x = create_model(name).eval().double(), torch.rand(2, 3, 56, 56, dtype=torch.float64)
+    with torch.no_grad():
+        assert (model(x) - plain_attention(model)(x)).abs().max() < 1e-10
+
+
+def test_predictions_do_not_depend_on_batches():
+    torch.manual_seed(0)
+    model, dataset = create_model("convmixer").double(), create_dataset("shapes9", "val", 56)
+    model.stem[0].register_forward_pre_hook(lambda _, x: (x[0].double(),))
+    ids = torch.tensor([5, 0, 999, 5, 17])
+    apart = torch.cat([predict(model, dataset, i[None]) for i in ids])
+    for batch_size in (1, 2, 3, 256):
+        assert torch.allclose(predict(model, dataset, ids, batch_size), apart, atol=1e-6)
