@@ -6,7 +6,7 @@
 __all__ = ['State', 'build', 'dtype_of', 'tensors_of', 'save_checkpoint', 'checkpoints', 'refuse_other', 'load_checkpoint',
            'restore_optimizer']
 
-# %% ../nbs/10c_state.ipynb #280aab6f
+# %% ../nbs/10c_state.ipynb #958e776b
 import dataclasses
 import json
 import shutil
@@ -26,7 +26,7 @@ from .config import TrainConfig, identity
 from .core import CheckpointError, atomic_folder, keyed_seed
 from .models import create_model, plain_attention
 
-# %% ../nbs/10c_state.ipynb #8c76b0d0
+# %% ../nbs/10c_state.ipynb #a2fff0d5
 @dataclass
 class State:
     "Everything that changes while a run goes on."
@@ -38,7 +38,7 @@ class State:
     loss_sum: float = 0.0  # over the steps of the epoch so far
     history: list = dataclasses.field(default_factory=list)  # one row an epoch
 
-# %% ../nbs/10c_state.ipynb #d6799865
+# %% ../nbs/10c_state.ipynb #58700465
 def build(
     config: TrainConfig,  # complete
     num_classes: int,  # k
@@ -60,13 +60,13 @@ def build(
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     return State(accelerator.prepare(model), ema, optimizer, schedule)
 
-# %% ../nbs/10c_state.ipynb #e93316b7
+# %% ../nbs/10c_state.ipynb #ce74c2a9
 def dtype_of(config, device):
     "bfloat16 where the configuration asks for it, or on a GPU that has it; None for float32."
     able = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if config.precision == "bfloat16" or (config.precision == "auto" and able) else None
 
-# %% ../nbs/10c_state.ipynb #bd4d0ed2
+# %% ../nbs/10c_state.ipynb #059303d1
 def tensors_of(
     state: State,  # a run
 ) -> dict[str, torch.Tensor]:  # "model.…", "ema.…", "optimizer.<i>.…"
@@ -78,7 +78,7 @@ def tensors_of(
         named |= {f"optimizer.{i}.{k}": v for k, v in slots.items()}
     return named
 
-# %% ../nbs/10c_state.ipynb #ed061442
+# %% ../nbs/10c_state.ipynb #5b6a6f71
 def save_checkpoint(
     state: State,  # a run
     config: TrainConfig,  # its configuration
@@ -99,14 +99,14 @@ def save_checkpoint(
         shutil.rmtree(old)
     return target
 
-# %% ../nbs/10c_state.ipynb #9cb50878
+# %% ../nbs/10c_state.ipynb #2c847109
 def checkpoints(
     folder: str | Path,  # a run's folder
 ) -> list[Path]:  # oldest first
     "The whole checkpoints of a run."
     return sorted(p for p in Path(folder).glob("checkpoints/step-*") if p.is_dir())
 
-# %% ../nbs/10c_state.ipynb #412f9f7a
+# %% ../nbs/10c_state.ipynb #243dc4a3
 def refuse_other(config, other, place):
     "Stop when two identities differ, and name the fields."
     mine = identity(config)
@@ -114,7 +114,7 @@ def refuse_other(config, other, place):
     if fields:
         raise CheckpointError(f"{place} holds a run of another configuration ({'; '.join(fields)}). Choose another `out`, or give the same values.")
 
-# %% ../nbs/10c_state.ipynb #8aa1b235
+# %% ../nbs/10c_state.ipynb #26ac5642
 def load_checkpoint(
     state: State,  # a run at step 0, changed in place
     config: TrainConfig,  # its configuration
@@ -135,7 +135,7 @@ def load_checkpoint(
     state.step, state.loss_sum, state.history = meta["step"], meta["loss_sum"], meta["history"]
     return state
 
-# %% ../nbs/10c_state.ipynb #f4824d6d
+# %% ../nbs/10c_state.ipynb #f1023e6c
 def restore_optimizer(optimizer, tensors):
     "Give the optimizer empty slots for the named tensors, shaped and laid out like its parameters."
     params = [p for group in optimizer.param_groups for p in group["params"]]

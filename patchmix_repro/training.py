@@ -6,7 +6,7 @@
 __all__ = ['refuse_nonfinite', 'train_step', 'validate', 'run_epoch', 'Run', 'train', 'enter', 'latest', 'export_model',
            'write_model', 'load_model', 'launch']
 
-# %% ../nbs/11_training.ipynb #d3793faa
+# %% ../nbs/11_training.ipynb #2c7b45e2
 import json
 import math
 import shutil
@@ -30,7 +30,7 @@ from .data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
 from .models import IMAGE_SIZE, create_model, predict
 from .state import State, build, checkpoints, dtype_of, load_checkpoint, refuse_other, save_checkpoint
 
-# %% ../nbs/11_training.ipynb #be71e9a8
+# %% ../nbs/11_training.ipynb #a3f657c2
 def refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
     "Stop before the optimizer's step when the loss, a gradient or a weight is not finite."
     weight_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
@@ -40,7 +40,7 @@ def refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
         raise NonFiniteError(f"{bad} at step {step}, learning rate {lr:.3g}, samples {ids.tolist()}. "
                              "The last checkpoint is kept; lower lr, set clip_grad, or look at these samples.")
 
-# %% ../nbs/11_training.ipynb #334f43cb
+# %% ../nbs/11_training.ipynb #87395fdb
 def train_step(
     state: State,  # changed in place
     batch: tuple,  # ids b, normalised x b 3 h w, labels b: of all processes
@@ -70,7 +70,7 @@ def train_step(
         state.ema.update(accelerator.unwrap_model(state.model), step=state.step)
     return float(loss.detach())
 
-# %% ../nbs/11_training.ipynb #16b2e766
+# %% ../nbs/11_training.ipynb #35ecb2ca
 def validate(
     state: State,  # a run
     dataset,  # the validation split
@@ -86,9 +86,12 @@ def validate(
     rows = gather_object(list(zip(ids.tolist(), loss.tolist(), (logits.argmax(1) == labels).tolist())))
     if sorted(i for i, _, _ in rows) != list(range(len(dataset))):
         raise InputError(f"validation saw {len(rows)} samples of {len(dataset)}. Start every process with the same configuration.")
-    return {"val_loss": sum(l for _, l, _ in rows) / len(rows), "val_accuracy": sum(c for _, _, c in rows) / len(rows)}
+    _, losses, right = zip(*sorted(rows))
+    if not math.isfinite(sum(losses)):
+        raise NonFiniteError(f"validation loss is not finite after step {state.step}. The last checkpoint is kept; lower lr or set clip_grad.")
+    return {"val_loss": sum(losses) / len(rows), "val_accuracy": sum(right) / len(rows)}
 
-# %% ../nbs/11_training.ipynb #0600c937
+# %% ../nbs/11_training.ipynb #20aed322
 def run_epoch(state, data, mix, config, accelerator, steps_per_epoch, folder, bar):
     "Train to the end of the epoch that `state.step` lies in, or to max_steps."
     began = time.perf_counter()
@@ -103,14 +106,15 @@ def run_epoch(state, data, mix, config, accelerator, steps_per_epoch, folder, ba
         bar.update(), bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.2f}", refresh=False)
         if config.max_steps and state.step >= config.max_steps:
             break
-        if config.checkpoint_every and state.step % config.checkpoint_every == 0 and accelerator.is_main_process:
+        inside = config.checkpoint_every and state.step % config.checkpoint_every == 0 and state.step % steps_per_epoch
+        if inside and accelerator.is_main_process:
             save_checkpoint(state, config, folder)
     done = state.step - epoch * steps_per_epoch
     row = {"epoch": epoch + 1, "step": state.step, "lr": state.optimizer.param_groups[0]["lr"], "train_loss": state.loss_sum / done}
     state.history.append(row | validate(state, data["val"], config, accelerator) | {"seconds": round(time.perf_counter() - began, 2)})
     state.loss_sum = 0.0
 
-# %% ../nbs/11_training.ipynb #0962c36d
+# %% ../nbs/11_training.ipynb #24c54bb9
 @dataclass(frozen=True)
 class Run:
     "A finished training."
@@ -118,7 +122,7 @@ class Run:
     folder: Path  # model.safetensors, model.json, checkpoints/, records/
     history: pd.DataFrame  # epoch, step, lr, train_loss, val_loss, val_accuracy, seconds (of the epoch)
 
-# %% ../nbs/11_training.ipynb #5542305c
+# %% ../nbs/11_training.ipynb #9aa41db1
 def train(
     config: TrainConfig,  # from `train_config`
     progress: bool = True,  # show a bar
@@ -142,7 +146,7 @@ def train(
     accelerator.wait_for_everyone()
     return Run(config, folder, pd.DataFrame(state.history))
 
-# %% ../nbs/11_training.ipynb #5b4af519
+# %% ../nbs/11_training.ipynb #d86146c4
 def enter(config, manifests, folder, accelerator):
     "Claim the run's folder: same configuration and data or an empty place, and half-written checkpoints swept out."
     if config.batch_size % accelerator.num_processes:
@@ -160,13 +164,13 @@ def enter(config, manifests, folder, accelerator):
     for half in folder.glob("checkpoints/.*.tmp") if accelerator.is_main_process else ():
         shutil.rmtree(half)
 
-# %% ../nbs/11_training.ipynb #7789e5a9
+# %% ../nbs/11_training.ipynb #10ed9af9
 def latest(state, config, folder):
     "The state of the newest checkpoint, or as it is when there is none."
     found = checkpoints(folder)
     return load_checkpoint(state, config, found[-1]) if found else state
 
-# %% ../nbs/11_training.ipynb #62bb1f4a
+# %% ../nbs/11_training.ipynb #ea66567c
 def export_model(
     state: State,  # a finished run
     config: TrainConfig,  # its configuration
@@ -180,14 +184,14 @@ def export_model(
             "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data_manifest": dataset.manifest_hash, "steps": state.step}
     return write_model(model, card, folder, dtype)
 
-# %% ../nbs/11_training.ipynb #c0560234
+# %% ../nbs/11_training.ipynb #9ed28f74
 def write_model(model, card, folder, dtype=torch.float32):
     "model.safetensors beside model.json; each written whole."
     cast = {k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in model.state_dict().items()}
     atomic_write(Path(folder) / "model.safetensors", save(cast))
     return atomic_write(Path(folder) / "model.json", json.dumps(card, indent=1))
 
-# %% ../nbs/11_training.ipynb #7d29ee53
+# %% ../nbs/11_training.ipynb #77c921b9
 def load_model(
     folder: str | Path,  # a run's folder, or one of results/checkpoints
 ) -> tuple[nn.Module, dict]:  # the network in eval mode, and its card (model.json)
@@ -203,7 +207,7 @@ def load_model(
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     return model.eval(), card
 
-# %% ../nbs/11_training.ipynb #aeae87c0
+# %% ../nbs/11_training.ipynb #4697220b
 def launch(
     config: TrainConfig,  # complete; `processes` GPUs are used
 ) -> Run:

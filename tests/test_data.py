@@ -335,7 +335,6 @@ def test_a_built_set_loads_without_masks(tmp_path, monkeypatch):
 def slow_crop(image, theta, size):
     "Bilinear sampling of one channel in float64 with reflection, from the definition."
     n, out = image.shape[0], np.zeros((size, size))
-    mirror = lambda p: (lambda q: n - 1 - q if q >= n else q)(int(p) if p >= 0 else -int(p) - 1)
     for i in range(size):
         for j in range(size):
             x, y = (2 * j + 1) / size - 1, (2 * i + 1) / size - 1

@@ -42,6 +42,17 @@ def test_a_notebook_is_short_and_all_its_parameters_are_fields():
     assert train_config(**defaults) == train_config()
 
 
+def test_a_half_written_notebook_is_written_again(tmp_path):
+    "What a killed papermill leaves does not stand in the way of the same command."
+    (tmp_path / "out.ipynb").write_text('{"cells": [')
+    run(tmp_path, model="convmixer", max_steps=1, batch_size=8)
+    first = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "out.ipynb").write_text('{"cells": [')
+    run(tmp_path, model="convmixer", max_steps=1, batch_size=8)
+    assert nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == first and len(list((tmp_path / "run" / "records").iterdir())) == 1
+
+
 def test_a_misspelt_parameter_stops_papermill(tmp_path):
     command = [sys.executable, "-m", "papermill", str(TRAIN), str(tmp_path / "out.ipynb"), "-p", "modle", "convnext"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

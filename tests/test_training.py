@@ -120,6 +120,17 @@ def test_in_memory_resume_is_exact(tmp_path):
     assert all(torch.equal(v, again[0][k]) for k, v in whole[0].items()) and whole[1:] == again[1:]
 
 
+def test_a_checkpoint_never_falls_between_the_last_step_and_its_row(photos, tmp_path):
+    "checkpoint_every divides the epoch: a kill right after the last step must not lose the metric row."
+    config = small(photos, tmp_path / "r", epochs=2, augmentation="crop", checkpoint_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", lambda run, *a: seen.append((run.step, len(run.history))))
+        seen = []
+        training.train(config, progress=False)
+    steps = max(step for step, _ in seen) // 2
+    assert [rows for step, rows in seen if step == steps] == [1] and seen[-1] == (2 * steps, 2)
+
+
 def test_the_global_generator_is_left_alone(photos, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
