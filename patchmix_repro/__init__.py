@@ -1,2 +1,2 @@
-"""Patch Mixing and ReMixer, reproduced."""
+"""An executable companion to Patch Mixing and ReMixer."""
 __version__ = "0.1.0"

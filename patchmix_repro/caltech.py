@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOLERANCE', 'caltech9_manifest', 'load_caltech9', 'trim', 'cut_box', 'build_caltech9', 'compare_caltech9']
 
-# %% ../nbs/03e_caltech.ipynb #3a6c38bd
+# %% ../nbs/03e_caltech.ipynb #baf66431
 import hashlib
 import io
 from functools import lru_cache
@@ -21,14 +21,14 @@ from torchvision import datasets
 from .core import DataError, atomic_folder
 from .files import ImageSet, checked, collect, open_image, reader, square, to_tensor
 
-# %% ../nbs/03e_caltech.ipynb #53de181d
+# %% ../nbs/03e_caltech.ipynb #5836c151
 @lru_cache
 def _table() -> pd.DataFrame:
     content = (files("patchmix_repro") / "assets" / "caltech9.csv.gz").read_bytes()
     table = pd.read_csv(io.BytesIO(content), compression="gzip")
     return table.assign(label=table["class"].astype("category").cat.codes.astype("int64"))
 
-# %% ../nbs/03e_caltech.ipynb #e5887c74
+# %% ../nbs/03e_caltech.ipynb #d678ab9d
 def caltech9_manifest(
     split: str | None = None,  # train, val or test; None: all 2,740 rows
 ) -> pd.DataFrame:  # file, split, class, label, source_path, geometry, crop box, mask_ok, sha256 ...
@@ -36,34 +36,34 @@ def caltech9_manifest(
     table = _table()
     return (table if split is None else table[table.split == split]).reset_index(drop=True)
 
-# %% ../nbs/03e_caltech.ipynb #534a734c
+# %% ../nbs/03e_caltech.ipynb #8e80dc97
 def _mask(content, size):
     soft = square(open_image(content, "L"), size, resample=Image.Resampling.BOX)
     return (to_tensor(soft) >= 128).to(torch.uint8)
 
-# %% ../nbs/03e_caltech.ipynb #eca110fe
+# %% ../nbs/03e_caltech.ipynb #f28dbc38
 def _saliency(content, size):
     return to_tensor(square(open_image(content, "L"), size, resample=Image.Resampling.BOX))
 
-# %% ../nbs/03e_caltech.ipynb #bfb1dc38
+# %% ../nbs/03e_caltech.ipynb #ce2b483c
 def _picture(read, row, size):
     content, = checked(read, (row.file,), row.sha256)
     return to_tensor(square(open_image(content), size))
 
-# %% ../nbs/03e_caltech.ipynb #74d0084a
+# %% ../nbs/03e_caltech.ipynb #7aff4e67
 def _labels(read, row, size):
     stem = row.file.removesuffix(".jpg") + ".png"
     mask, saliency = checked(read, (f"masks/{stem}", f"saliency/{stem}"), row.labels_sha256)
     return _mask(mask, size), _saliency(saliency, size)
 
-# %% ../nbs/03e_caltech.ipynb #006bc390
+# %% ../nbs/03e_caltech.ipynb #1184eb52
 def _built(read):
     try:
         return pd.read_csv(io.BytesIO(read("built.csv")), dtype=str).set_index("file").sha256
     except (FileNotFoundError, KeyError):
         return None
 
-# %% ../nbs/03e_caltech.ipynb #6661c43a
+# %% ../nbs/03e_caltech.ipynb #285ddb43
 def load_caltech9(
     split: str,  # train, val or test
     size: int,  # side of the pictures, px
@@ -84,7 +84,7 @@ def load_caltech9(
     masks, saliency = map(torch.stack, zip(*labels))
     return ImageSet("caltech9", split, classes, manifest, images, masks, saliency)
 
-# %% ../nbs/03e_caltech.ipynb #8a54ed3b
+# %% ../nbs/03e_caltech.ipynb #1ac9a507
 def trim(
     image: Image.Image,  # the photograph of Caltech-101
     row,  # of the manifest: caltech_category, source_width, source_height, px
@@ -96,7 +96,7 @@ def trim(
         raise DataError(f"has {image.width} x {image.height} px, not {row.source_width} x {row.source_height}")
     return image
 
-# %% ../nbs/03e_caltech.ipynb #a44e1c09
+# %% ../nbs/03e_caltech.ipynb #f8ddcece
 def cut_box(
     image: Image.Image,  # the photograph of Caltech-101
     row,  # of the manifest: crop_left, crop_top, crop_right, crop_bottom, px
@@ -106,7 +106,7 @@ def cut_box(
     box = (row.crop_left, row.crop_top, row.crop_right, row.crop_bottom)
     return image.convert("RGB").crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/03e_caltech.ipynb #264b6f46
+# %% ../nbs/03e_caltech.ipynb #5a031d74
 def _build_one(source, target, row):
     content, = checked(lambda file: (source / file).read_bytes(), (row.source_path,))
     image = trim(open_image(content), row)
@@ -116,7 +116,7 @@ def _build_one(source, target, row):
     path.write_bytes(buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
-# %% ../nbs/03e_caltech.ipynb #ba5de8a1
+# %% ../nbs/03e_caltech.ipynb #ab35bada
 def build_caltech9(
     source: str | Path,  # holds 101_ObjectCategories/, or caltech101/ as torchvision lays it out
     target: str | Path,  # a data folder; caltech9/ is made in it
@@ -135,10 +135,10 @@ def build_caltech9(
         manifest.assign(sha256=hashes)[["file", "sha256"]].to_csv(temporary / "built.csv", index=False)
     return Path(target) / "caltech9"
 
-# %% ../nbs/03e_caltech.ipynb #ce4a1cdb
+# %% ../nbs/03e_caltech.ipynb #e4b1b9cb
 TOLERANCE = 6.0  # mean absolute difference of two builds of one picture, of 255
 
-# %% ../nbs/03e_caltech.ipynb #df7e9efc
+# %% ../nbs/03e_caltech.ipynb #df636e25
 def compare_caltech9(
     first: str | Path,  # a caltech9/ folder
     second: str | Path,  # another one
@@ -146,7 +146,7 @@ def compare_caltech9(
 ) -> pd.DataFrame:  # file, difference (mean absolute, of 255), same (within TOLERANCE)
     "How far two copies of caltech9 differ in their pictures, file by file; a JPEG encoder may differ, a box may not."
     def difference(file):
-        a, b = (to_tensor(open_image(checked(lambda f: (Path(p) / f).read_bytes(), (file,))[0])).float() for p in (first, second))
+        a, b = (to_tensor(open_image(checked(lambda f, p=p: (Path(p) / f).read_bytes(), (file,))[0])).float() for p in (first, second))
         return (a - b).abs().mean().item() if a.shape == b.shape else 255.0
     names = (caltech9_manifest() if manifest is None else manifest).file.tolist()
     table = pd.DataFrame({"file": names, "difference": collect(difference, {n: n for n in names}, "caltech9")})

@@ -7,7 +7,7 @@ __all__ = ['ReproError', 'InputError', 'DataError', 'CheckpointError', 'StoreErr
            'atomic_write', 'atomic_folder', 'sha256_file', 'stable_hash', 'keyed_seed', 'keyed_generator', 'unpack_zip',
            'project_root']
 
-# %% ../nbs/00_core.ipynb #cc4325bb
+# %% ../nbs/00_core.ipynb #b28db056
 import difflib
 import hashlib
 import json
@@ -15,36 +15,37 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-# %% ../nbs/00_core.ipynb #4831474f
+# %% ../nbs/00_core.ipynb #bcbc3cd9
 class ReproError(Exception):
     "Root of all errors of this library."
 
-# %% ../nbs/00_core.ipynb #0aee1dc4
+# %% ../nbs/00_core.ipynb #8469e6aa
 class InputError(ReproError, ValueError):
     "An argument, parameter or label is impossible."
 
-# %% ../nbs/00_core.ipynb #22a22a7c
+# %% ../nbs/00_core.ipynb #5b55b969
 class DataError(ReproError, OSError):
     "A data file is missing, unreadable or not the file the manifest names."
 
-# %% ../nbs/00_core.ipynb #742ecd78
+# %% ../nbs/00_core.ipynb #9d5ccaaa
 class CheckpointError(ReproError, OSError):
     "A checkpoint is missing, torn or belongs to another configuration."
 
-# %% ../nbs/00_core.ipynb #44acaddf
+# %% ../nbs/00_core.ipynb #b4afb12f
 class StoreError(ReproError, OSError):
     "A record is torn, foreign or cannot be written."
 
-# %% ../nbs/00_core.ipynb #4a8028e1
+# %% ../nbs/00_core.ipynb #73ce0435
 class NonFiniteError(ReproError, ArithmeticError):
     "A loss, gradient or weight is NaN or infinite."
 
-# %% ../nbs/00_core.ipynb #b099f441
+# %% ../nbs/00_core.ipynb #167016fd
 @contextmanager
 def expect_error(
     kind: type[Exception] = ReproError,  # the error the block has to raise
@@ -61,7 +62,7 @@ def expect_error(
     else:
         raise AssertionError(f"no {kind.__name__} was raised")
 
-# %% ../nbs/00_core.ipynb #64baa325
+# %% ../nbs/00_core.ipynb #be6f8a79
 def choose(
     what: str,  # what is chosen, as it reads in the message: "model"
     given,  # the name that was given
@@ -70,12 +71,17 @@ def choose(
     "The allowed entry called `given`, or an `InputError` with the nearest name and the list."
     if isinstance(given, str) and given in allowed:
         return allowed[given] if isinstance(allowed, dict) else given
+    if not len(allowed):
+        raise InputError(f"unknown {what} {given!r}: there is none at all.")
     near = difflib.get_close_matches(str(given), list(allowed), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     listed = ", ".join(map(str, list(allowed)[:24])) + (f" and {len(allowed) - 24} more" if len(allowed) > 24 else "")
     raise InputError(f"unknown {what} {given!r}{hint} Allowed: {listed}.")
 
-# %% ../nbs/00_core.ipynb #d4be876e
+# %% ../nbs/00_core.ipynb #6d8d815b
+os.umask(_UMASK := os.umask(0o022))  # what others may read; it can only be asked by setting it
+
+# %% ../nbs/00_core.ipynb #46b09b5b
 def atomic_write(
     path: str | Path,  # where the file belongs; its folder is made
     content: bytes | str,  # the whole content; str is written as UTF-8
@@ -86,6 +92,7 @@ def atomic_write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.chmod(temporary, 0o666 & ~_UMASK)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -97,7 +104,7 @@ def atomic_write(
         raise StoreError(f"cannot write {path.name} in {path.parent}: {error.strerror}. Free some space or choose a writable folder.") from error
     return path
 
-# %% ../nbs/00_core.ipynb #3a64e35d
+# %% ../nbs/00_core.ipynb #287fc0f9
 @contextmanager
 def atomic_folder(
     path: str | Path,  # where the folder belongs; must not exist yet
@@ -107,6 +114,7 @@ def atomic_folder(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        os.chmod(temporary, 0o777 & ~_UMASK)
     except OSError as error:
         raise StoreError(f"cannot make {path.name} in {path.parent}: {error.strerror}. Free some space or choose a writable folder.") from error
     try:
@@ -119,7 +127,7 @@ def atomic_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #db557618
+# %% ../nbs/00_core.ipynb #f3680107
 def sha256_file(
     path: str | Path,  # an existing file
 ) -> str:  # 64 hex digits
@@ -127,7 +135,7 @@ def sha256_file(
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #bb91d12a
+# %% ../nbs/00_core.ipynb #925538da
 def stable_hash(
     value,  # anything JSON can hold
     length: int = 64,  # hex digits to keep
@@ -136,7 +144,7 @@ def stable_hash(
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
-# %% ../nbs/00_core.ipynb #c70b1063
+# %% ../nbs/00_core.ipynb #ab42a947
 def keyed_seed(
     seed: int,  # the run's seed
     *purpose: str | int,  # what the draw is for: "crop", epoch, step ...
@@ -145,7 +153,7 @@ def keyed_seed(
     key = json.dumps([int(seed), *[p if isinstance(p, str) else int(p) for p in purpose]])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/00_core.ipynb #b9a66e05
+# %% ../nbs/00_core.ipynb #c72711f5
 def keyed_generator(
     seed: int,  # the run's seed
     *purpose: str | int,  # what the draw is for: "crop", epoch, step ...
@@ -153,7 +161,7 @@ def keyed_generator(
     "A fresh generator that depends on nothing but `seed` and `purpose`."
     return torch.Generator().manual_seed(keyed_seed(seed, *purpose))
 
-# %% ../nbs/00_core.ipynb #e0555521
+# %% ../nbs/00_core.ipynb #acbc8939
 def unpack_zip(
     archive: str | Path,  # a zip file
     folder: str | Path,  # where its members go; appears whole or not at all
@@ -166,16 +174,16 @@ def unpack_zip(
                 if not (temporary / name).resolve().is_relative_to(temporary.resolve()):
                     raise DataError(f"{Path(archive).name}: member {name!r} points outside the archive. Fetch the archive again from its source.")
             source.extractall(temporary)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{Path(archive).name} is not a whole zip file ({error}). Fetch it again.") from error
     return folder
 
-# %% ../nbs/00_core.ipynb #ac670286
+# %% ../nbs/00_core.ipynb #8cea0e00
 def project_root() -> Path:  # a folder with settings.ini, or the current folder
     "The project's folder, seen from the working folder or from this file."
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
     for start in (Path.cwd(), here):
         for folder in (start, *start.parents):
-            if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir():
+            if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir() and (folder / "patchmix_repro").is_dir():
                 return folder
     return Path.cwd()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatchPlan', 'draw_ratio', 'draw_grid', 'draw_patches', 'PatchMixing', 'MixingSwitch']
 
-# %% ../nbs/06_mixing.ipynb #174baef8
+# %% ../nbs/06_mixing.ipynb #26153986
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -17,9 +17,9 @@ from .core import InputError, choose
 from .pairs import BlendPlan, BoxPlan, OwnGenerator, draw_beta, draw_blend, draw_cut, draw_partners, mix_labels, soft_labels
 from .patches import choose_patches, gather_patches, patch_sides
 
-# %% ../nbs/06_mixing.ipynb #30d3abf5
+# %% ../nbs/06_mixing.ipynb #c5f491ab
 class PatchPlan(NamedTuple):
-    "Patches that change hands in one batch: eq. of the Patch Mixing project page."
+    "Patches that are replaced in one batch: eq. of the Patch Mixing project page."
 
     partner: Tensor  # int64 b: the image that gives patches
     weight: Tensor  # float b: share of patches from the partner, N1 / N
@@ -32,7 +32,7 @@ class PatchPlan(NamedTuple):
         source = torch.where(self.mask, self.partner[:, None], own)
         return gather_patches(x, source, torch.arange(source.shape[1], device=source.device)[None], self.grid)
 
-# %% ../nbs/06_mixing.ipynb #211cf3bd
+# %% ../nbs/06_mixing.ipynb #937c61d2
 def _law(ratio):
     match ratio:
         case int() | float() if 0 <= ratio <= 1:
@@ -41,9 +41,9 @@ def _law(ratio):
             return "beta", a, a
         case (int() | float() as low, int() | float() as high) if 0 <= low <= high <= 1:
             return "uniform", low, high
-    raise InputError(f"ratio {ratio!r} is no law of shares. Give a number in [0, 1], a pair low <= high in [0, 1], or ('beta', a) with a > 0.")
+    raise InputError(f"ratio {ratio!r} is not a valid ratio. Give a number in [0, 1], a pair low <= high in [0, 1], or ('beta', a) with a > 0.")
 
-# %% ../nbs/06_mixing.ipynb #b39819dd
+# %% ../nbs/06_mixing.ipynb #fb6f37de
 def draw_ratio(
     ratio: float | tuple,  # (low, high): uniform; a number: fixed; ("beta", a): Beta(a, a)
     b: int,  # number of draws
@@ -55,7 +55,7 @@ def draw_ratio(
         return draw_beta(low, b, generator)
     return low + (high - low) * torch.rand(b, generator=generator, dtype=torch.float64, device=generator.device)
 
-# %% ../nbs/06_mixing.ipynb #5d76b18c
+# %% ../nbs/06_mixing.ipynb #b8bd7408
 def _mix(mixer, x, y, generator):
     soft = soft_labels(y, mixer.num_classes)
     if x.ndim != 4 or len(x) != len(soft):
@@ -65,33 +65,49 @@ def _mix(mixer, x, y, generator):
     plan = mixer.draw(x.shape, mixer._own() if generator is None else generator)
     return plan.apply(x), mix_labels(soft, plan.partner, plan.weight, mixer.label_smoothing)
 
-# %% ../nbs/06_mixing.ipynb #c15b6e83
+# %% ../nbs/06_mixing.ipynb #a0827efb
 def _fraction(**values):
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise InputError(f"{name} {value!r} is outside [0, 1]. Give a number from 0 to 1.")
 
-# %% ../nbs/06_mixing.ipynb #beaa763b
+# %% ../nbs/06_mixing.ipynb #0360e2bc
+def _check_classes(num_classes):
+    if type(num_classes) is not int or num_classes < 2:
+        raise InputError(f"num_classes {num_classes!r} is no number of classes. Give a whole number from 2 on.")
+
+# %% ../nbs/06_mixing.ipynb #5eb8b6d5
+def _grids(grid):
+    grids = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
+    if not grids or not all(type(g) is int and g >= 1 for g in grids):
+        raise InputError(f"grid {grid!r} is no number of patches per side. Give a whole number from 1 on, or a tuple of them.")
+    return grids
+
+# %% ../nbs/06_mixing.ipynb #2ab7acd8
+def _dividing(grid, h, w):
+    for g in _grids(grid):
+        patch_sides(h, w, g)
+    return _grids(grid)
+
+# %% ../nbs/06_mixing.ipynb #e603361d
 def draw_grid(
-    grid: int | tuple[int, ...],  # patches a side, or several to choose from
+    grid: int | tuple[int, ...],  # patches per side, or several to choose from
     h: int,  # image height, px
     w: int,  # image width, px
     generator: Generator,  # source of the draw
-) -> int:  # patches a side
+) -> int:  # patches per side
     "One of the grids, all of which have to divide the image."
-    grids = (grid,) if isinstance(grid, int) else tuple(grid)
-    for g in grids:
-        patch_sides(h, w, g)
+    grids = _dividing(grid, h, w)
     return grids[int(torch.randint(len(grids), (), generator=generator, device=generator.device))]
 
-# %% ../nbs/06_mixing.ipynb #eabe9cde
+# %% ../nbs/06_mixing.ipynb #370ea54b
 def draw_patches(
     shape: tuple[int, int, int, int],  # b c h w of the batch
     generator: Generator,  # source of the draws
-    grid: int | tuple[int, ...] = 7,  # patches a side; of several, one is drawn
-    ratio: float | tuple = (0.0, 0.5),  # law of r, as in `draw_ratio`
+    grid: int | tuple[int, ...] = 7,  # patches per side; of several, one is drawn
+    ratio: float | tuple = (0.0, 0.5),  # distribution of r, as in `draw_ratio`
     prob: float = 1.0,  # probability that the batch is mixed at all
-    donor: str = "permute",  # partner: "permute" (nobody's own) or "flip" (image b - 1 - i)
+    donor: str = "permute",  # how donors are paired: "permute" (no image with itself) or "flip" (image b - 1 - i)
     per_image: bool = True,  # False: one r and one mask for the whole batch
 ) -> PatchPlan:
     "Draw which patches of which image replace those of each image of a batch."
@@ -104,29 +120,31 @@ def draw_patches(
     partner = partner if donor == "permute" else torch.arange(b, device=generator.device).flip(0)
     return PatchPlan(partner, (count / (g * g)).expand(b), mask.expand(b, -1), (g, g))
 
-# %% ../nbs/06_mixing.ipynb #c6ee474f
+# %% ../nbs/06_mixing.ipynb #fe098504
 @dataclass(eq=False)
 class PatchMixing:
     "Patch Mixing as a batch augmentation: `mix(x, y, generator=None) -> (mixed x, soft y b k)`."
 
     num_classes: int  # k
-    grid: int | tuple[int, ...] = 7  # patches a side; of several, one is drawn per batch
-    ratio: float | tuple = (0.0, 0.5)  # law of r: (low, high), a number, or ("beta", a)
+    grid: int | tuple[int, ...] = 7  # patches per side; of several, one is drawn per batch
+    ratio: float | tuple = (0.0, 0.5)  # distribution of r: (low, high), a number, or ("beta", a)
     label_smoothing: float = 0.1  # epsilon
     prob: float = 1.0  # probability that a batch is mixed at all
-    donor: str = "permute"  # partner: "permute" (nobody's own) or "flip" (image b - 1 - i, as timm)
+    donor: str = "permute"  # how donors are paired: "permute" (no image with itself) or "flip" (image b - 1 - i, as timm)
     per_image: bool = True  # False: one r and one mask for the whole batch
     seed: int | None = None  # of the private generator; None: from the operating system
     mixup_enabled: bool = field(default=True, init=False, repr=False)  # False: labels are only smoothed
 
     def __post_init__(self):
+        _check_classes(self.num_classes)
+        _grids(self.grid)
         _law(self.ratio)
         _fraction(label_smoothing=self.label_smoothing, prob=self.prob)
         choose("donor", self.donor, ("permute", "flip"))
         self._own = OwnGenerator(self.seed)
 
     def draw(self, shape: tuple[int, int, int, int], generator: Generator) -> PatchPlan:
-        "All that chance decides for a batch of this shape, b c h w."
+        "All random draws for a batch of this shape, b c h w."
         return draw_patches(shape, generator, self.grid, self.ratio, self.prob, self.donor, self.per_image)
 
     def __call__(
@@ -137,24 +155,24 @@ class PatchMixing:
     ) -> tuple[Tensor, Tensor]:  # mixed images b c h w, labels float32 b k
         return _mix(self, x, y, generator)
 
-# %% ../nbs/06_mixing.ipynb #add9ac60
+# %% ../nbs/06_mixing.ipynb #09e6deb8
 def _check_alphas(**alphas):
     for name, alpha in alphas.items():
         if not (isfinite(alpha) and alpha > 0):
             raise InputError(f"{name} {alpha} is no Beta parameter. Give a number above 0; to leave one out, set its entry of weights to 0.")
 
-# %% ../nbs/06_mixing.ipynb #762b9226
+# %% ../nbs/06_mixing.ipynb #d1331903
 def _check_weights(weights):
     if len(weights) != 3 or not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
         raise InputError(f"weights {tuple(weights)} are no shares of Mixup, CutMix and Patch Mixing. Give three numbers >= 0, not all 0.")
 
-# %% ../nbs/06_mixing.ipynb #e3c03e48
+# %% ../nbs/06_mixing.ipynb #cd0d467f
 def _check_patchmix(patchmix, num_classes, label_smoothing):
     for name, ours in (("num_classes", num_classes), ("label_smoothing", label_smoothing)):
         if getattr(patchmix, name) != ours:
             raise InputError(f"patchmix has {name} {getattr(patchmix, name)}, the switch has {ours}. Give both the same.")
 
-# %% ../nbs/06_mixing.ipynb #def5536d
+# %% ../nbs/06_mixing.ipynb #932b8e24
 @dataclass(eq=False)
 class MixingSwitch:
     "Mixup, CutMix or Patch Mixing, drawn per batch: a drop-in for `timm.data.Mixup`."
@@ -169,6 +187,7 @@ class MixingSwitch:
     mixup_enabled: bool = field(default=True, init=False, repr=False)  # False: labels are only smoothed
 
     def __post_init__(self):
+        _check_classes(self.num_classes)
         _check_alphas(mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha)
         _fraction(label_smoothing=self.label_smoothing)
         _check_weights(self.weights)
@@ -177,8 +196,10 @@ class MixingSwitch:
         self._own = OwnGenerator(self.seed)
 
     def draw(self, shape: tuple[int, int, int, int], generator: Generator) -> BlendPlan | BoxPlan | PatchPlan:
-        "All that chance decides for a batch of this shape, b c h w."
-        mixup, cutmix, _ = self.weights
+        "All random draws for a batch of this shape, b c h w; a grid that does not fit it fails at the first batch."
+        mixup, cutmix, patchmix = self.weights
+        if patchmix > 0:
+            _dividing(self.patchmix.grid, *shape[2:])
         point = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device) * sum(self.weights)
         if point < mixup:
             return draw_blend(shape, generator, self.mixup_alpha)

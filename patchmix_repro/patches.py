@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid_sides', 'patch_sides', 'choose_patches', 'replace_patches', 'drop_patches', 'gather_patches', 'permute_patches']
 
-# %% ../nbs/01_patches.ipynb #209c933a
+# %% ../nbs/01_patches.ipynb #15d1f1d2
 from functools import partial
 from math import isqrt
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import InputError
 
-# %% ../nbs/01_patches.ipynb #3440f6e4
+# %% ../nbs/01_patches.ipynb #d87ee8bc
 def grid_sides(
     n: int | None = None,  # number of patches the grid must have; None: any
     grid: int | tuple[int, int] | None = None,  # g, or (gh, gw); None: the square grid of n patches
@@ -28,7 +28,7 @@ def grid_sides(
         raise InputError(f"{n} patches do not fill a {gh} x {gw} grid. Give {gh * gw} patches, or name the grid as (gh, gw).")
     return gh, gw
 
-# %% ../nbs/01_patches.ipynb #b6c0339c
+# %% ../nbs/01_patches.ipynb #3c82730c
 def patch_sides(
     h: int,  # image height, px
     w: int,  # image width, px
@@ -38,10 +38,10 @@ def patch_sides(
     gh, gw = grid_sides(grid=grid)
     if h % gh or w % gw:
         near = (max(1, round(h / gh)) * gh, max(1, round(w / gw)) * gw)
-        raise InputError(f"a {gh} x {gw} grid does not divide a {h} x {w} image. Resize the image to {near[0]} x {near[1]}, or choose a grid that divides it.")
+        raise InputError(f"grid {gh} x {gw} does not divide a {h} x {w} image. Resize the image to {near[0]} x {near[1]}, or choose a grid that divides it.")
     return h // gh, w // gw
 
-# %% ../nbs/01_patches.ipynb #b574ea38
+# %% ../nbs/01_patches.ipynb #069fcb70
 def choose_patches(
     b: int,  # number of images
     n: int,  # patches an image
@@ -57,29 +57,29 @@ def choose_patches(
     draws = torch.rand(b, n, generator=generator, device=generator.device)
     return draws.argsort(dim=1, stable=True) < count.expand(b)[:, None]
 
-# %% ../nbs/01_patches.ipynb #24d1208a
+# %% ../nbs/01_patches.ipynb #c0b14618
 def _split(x, grid):
     ph, pw = patch_sides(*x.shape[-2:], grid)
     return rearrange(x, "b c (gh ph) (gw pw) -> b c gh ph gw pw", ph=ph, pw=pw)
 
-# %% ../nbs/01_patches.ipynb #00fae73f
+# %% ../nbs/01_patches.ipynb #45080e08
 def _format(x):
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
-# %% ../nbs/01_patches.ipynb #6aae5c7d
+# %% ../nbs/01_patches.ipynb #5ef6105c
 def _merge(patches, like):
     whole = rearrange(patches, "b c gh ph gw pw -> b c (gh ph) (gw pw)")
     return whole.contiguous(memory_format=_format(like))
 
-# %% ../nbs/01_patches.ipynb #f5aa507b
+# %% ../nbs/01_patches.ipynb #41545c2e
 def _bits(x, mask, grid):
     if x.ndim != 4 or mask.ndim != 2 or mask.dtype != torch.bool or len(x) != len(mask):
         raise InputError(f"images {tuple(x.shape)} and a mask {tuple(mask.shape)} of {mask.dtype} do not go together. Give images b c h w and a bool mask b n.")
     gh, gw = grid_sides(mask.shape[1], grid)
     return rearrange(mask.to(x.device), "b (gh gw) -> b 1 gh 1 gw 1", gh=gh, gw=gw)
 
-# %% ../nbs/01_patches.ipynb #d2401b2f
+# %% ../nbs/01_patches.ipynb #b0dbb680
 def replace_patches(
     x: Tensor,  # images b c h w, any type; not changed
     donor: Tensor,  # images of the same shape and type
@@ -92,7 +92,7 @@ def replace_patches(
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
     return _merge(torch.where(bits, _split(donor, grid), _split(x, grid)), x)
 
-# %% ../nbs/01_patches.ipynb #f7931197
+# %% ../nbs/01_patches.ipynb #0ecd2b1c
 def _colour(fill, x):
     exact = torch.as_tensor(fill, dtype=torch.float64)
     if exact.shape not in ((), (x.shape[1],)):
@@ -102,7 +102,7 @@ def _colour(fill, x):
         raise InputError(f"fill {exact.tolist()} is no {x.dtype} value. Give whole numbers that the image type can hold, or convert the images to float.")
     return colour.to(x.device).view(1, -1, 1, 1, 1, 1)
 
-# %% ../nbs/01_patches.ipynb #901fec18
+# %% ../nbs/01_patches.ipynb #b03f6a65
 def drop_patches(
     x: Tensor,  # images b c h w, any type; not changed
     mask: Tensor,  # bool b n: True where the patch is dropped
@@ -113,20 +113,20 @@ def drop_patches(
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
     return _merge(torch.where(bits, _colour(fill, x), _split(x, grid)), x)
 
-# %% ../nbs/01_patches.ipynb #cfaa398e
+# %% ../nbs/01_patches.ipynb #fdf5cfbb
 def _row_index(first, c, h, grid):
     ph, gw = h // grid[0], grid[1]
     count = partial(torch.arange, dtype=first.dtype, device=first.device)
     plane, below = count(c).view(c, 1, 1, 1) * (h * gw), count(ph).view(ph, 1) * gw
     return (rearrange(first, "b (gh gw) -> b 1 gh 1 gw", gw=gw) + plane + below).flatten()  # b c gh ph gw
 
-# %% ../nbs/01_patches.ipynb #e0eee674
+# %% ../nbs/01_patches.ipynb #54f823cb
 def _inside(what, index, b, limit):
     low, high = (index.min().item(), index.max().item()) if index.numel() else (0, 0)
     if index.ndim != 2 or len(index) not in (1, b) or index.is_floating_point() or low < 0 or high >= max(limit, 1):
         raise InputError(f"{what} is {index.dtype} {tuple(index.shape)}, {low} to {high}. Give whole numbers b n with b = {b}, from 0 to {limit - 1}.")
 
-# %% ../nbs/01_patches.ipynb #b181152f
+# %% ../nbs/01_patches.ipynb #7f219460
 def gather_patches(
     x: Tensor,  # images b c h w, any type; not changed
     image: Tensor,  # int b n, or 1 n for all: the image each patch comes from
@@ -147,7 +147,7 @@ def gather_patches(
     out = lines.view(-1, lines.shape[-1] // gw).index_select(0, index).view_as(lines)
     return rearrange(out, "b 1 h (w c) -> b c h w", c=c) if last else out
 
-# %% ../nbs/01_patches.ipynb #4da8de11
+# %% ../nbs/01_patches.ipynb #28d5cd82
 def permute_patches(
     x: Tensor,  # images b c h w, any type; not changed
     permutation: Tensor,  # int n, or b n for one per image: each a permutation of 0 ... n - 1

@@ -6,7 +6,7 @@
 __all__ = ['MODEL_COLOUR', 'MIXING_LINE', 'MIXING_MARKER', 'STYLE', 'style', 'spread', 'learning_curves', 'accuracy_dots',
            'image_sheet', 'save_figure']
 
-# %% ../nbs/15_plots.ipynb #3de92f17
+# %% ../nbs/15_plots.ipynb #4ad3d6e9
 import io
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from .core import InputError, atomic_write, choose, project_root
 from .stats import mean_interval
 
-# %% ../nbs/15_plots.ipynb #abd376f7
+# %% ../nbs/15_plots.ipynb #07775835
 MODEL_COLOUR = {
     "convnext": "#0072B2", "convnext_s": "#004A74",
     "swin": "#D55E00", "swin_s": "#8A3D00",
@@ -30,11 +30,11 @@ MODEL_COLOUR = {
     "convmixer": "#E69F00", "convmixer_full": "#946600",
 }
 
-# %% ../nbs/15_plots.ipynb #3aad8a6c
+# %% ../nbs/15_plots.ipynb #098950cc
 MIXING_LINE = {"none": ":", "timm": "--", "patch": "-.", "switch": "-"}
 MIXING_MARKER = {"none": "o", "timm": "s", "patch": "^", "switch": "D"}
 
-# %% ../nbs/15_plots.ipynb #a43a8218
+# %% ../nbs/15_plots.ipynb #3302e891
 STYLE = {
     "figure.constrained_layout.use": True, "figure.dpi": 100, "figure.facecolor": "white",
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -43,7 +43,7 @@ STYLE = {
     "svg.fonttype": "path", "svg.hashsalt": "patchmix_repro",
 }
 
-# %% ../nbs/15_plots.ipynb #30fa4677
+# %% ../nbs/15_plots.ipynb #5d7d392d
 @contextmanager
 def style():
     "The settings that all figures share, for the length of a `with` block."
@@ -53,7 +53,7 @@ def style():
         interactive = plt.isinteractive()
     matplotlib.interactive(interactive)
 
-# %% ../nbs/15_plots.ipynb #f6e0e710
+# %% ../nbs/15_plots.ipynb #7ccda2fa
 def _checked(table, *columns):
     if missing := [column for column in columns if column not in table]:
         raise InputError(f"the table lacks {missing}; it has {list(table)}. Rename or add them.")
@@ -65,7 +65,7 @@ def _checked(table, *columns):
         choose("mixing", mixing, MIXING_LINE)
     return table
 
-# %% ../nbs/15_plots.ipynb #2bc07e79
+# %% ../nbs/15_plots.ipynb #edbb9b7a
 def spread(
     heights: np.ndarray,  # wanted positions
     gap: float,  # least distance between neighbours, same unit
@@ -83,12 +83,12 @@ def spread(
     placed[order] = np.repeat(*zip(*blocks, strict=True)) + steps if blocks else steps
     return placed
 
-# %% ../nbs/15_plots.ipynb #2bf699c0
+# %% ../nbs/15_plots.ipynb #48f24609
 def _summary(history):
     groups = history.sort_values("epoch", kind="stable").groupby(["model", "mixing", "epoch"], sort=False)["val_accuracy"]
     return groups.agg(mean="mean", low="min", high="max", seeds="count").reset_index()
 
-# %% ../nbs/15_plots.ipynb #3d18da68
+# %% ../nbs/15_plots.ipynb #525808e1
 def _label_ends(axis, ends):
     low, high = axis.get_ylim()
     heights = spread(np.array([end["mean"] for end in ends]), (high - low) / 14)
@@ -99,11 +99,11 @@ def _label_ends(axis, ends):
             arrowprops={"arrowstyle": "-", "color": MODEL_COLOUR[end["model"]], "linewidth": 0.5, "alpha": 0.5},
         )
 
-# %% ../nbs/15_plots.ipynb #d4894734
+# %% ../nbs/15_plots.ipynb #84b82db7
 def _percent_axis(axis, which):
     getattr(axis, f"{which}axis").set_major_formatter(lambda value, _: f"{100 * value:.4g}")
 
-# %% ../nbs/15_plots.ipynb #826afbd0
+# %% ../nbs/15_plots.ipynb #ffe01d36
 def learning_curves(
     history: pd.DataFrame,  # columns run_id, model, mixing, seed, epoch, val_accuracy (0 ... 1)
     title: str = "",  # above the axes
@@ -123,7 +123,7 @@ def learning_curves(
     figure.set_label(f"Validation accuracy by epoch. At the end: {last}.")
     return figure, table
 
-# %% ../nbs/15_plots.ipynb #f5360825
+# %% ../nbs/15_plots.ipynb #1e373619
 def _estimates(table):
     rows = []
     for (model, mixing), group in table.groupby(["model", "mixing"], sort=False):
@@ -132,7 +132,7 @@ def _estimates(table):
         rows.append((model, mixing, *found))
     return pd.DataFrame(rows, columns=["model", "mixing", "estimate", "low", "high", "seeds"])
 
-# %% ../nbs/15_plots.ipynb #8081f383
+# %% ../nbs/15_plots.ipynb #fbce0601
 def _dot_row(axis, height, row, seeds):
     colour = MODEL_COLOUR[row.model]
     axis.plot([row.low, row.high], [height, height], color=colour)
@@ -142,7 +142,7 @@ def _dot_row(axis, height, row, seeds):
     limits = f" [{100 * row.low:.1f}, {100 * row.high:.1f}]" if row.seeds > 1 else " (one seed)"
     axis.annotate(f"{100 * row.estimate:.1f}{limits}", (1.02, height), xycoords=axis.get_yaxis_transform(), color=colour, va="center")
 
-# %% ../nbs/15_plots.ipynb #02a44147
+# %% ../nbs/15_plots.ipynb #8a0d3c20
 def accuracy_dots(
     table: pd.DataFrame,  # columns model, mixing, seed, accuracy (0 ... 1); one row a seed
     title: str = "",  # above the axes
@@ -162,7 +162,7 @@ def accuracy_dots(
     figure.set_label(f"{xlabel}. Mean over seeds: {lines}.")
     return figure, found
 
-# %% ../nbs/15_plots.ipynb #b940b44b
+# %% ../nbs/15_plots.ipynb #38631a99
 def image_sheet(
     images: torch.Tensor,  # b 3 h w, uint8 or float in [0, 1]
     titles: list[str],  # one caption an image, such as its label weights
@@ -182,7 +182,7 @@ def image_sheet(
     figure.set_label(f"{len(images)} images: {'; '.join(titles)}.")
     return figure, pd.DataFrame({"image": range(len(images)), "title": titles})
 
-# %% ../nbs/15_plots.ipynb #2ea73cac
+# %% ../nbs/15_plots.ipynb #c6f7d78e
 def save_figure(
     figure: Figure,  # from a plot function
     table: pd.DataFrame,  # the numbers in it

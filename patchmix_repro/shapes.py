@@ -6,7 +6,7 @@
 __all__ = ['COUNTS', 'BACKGROUNDS', 'MATCH', 'plan', 'plans', 'scatter', 'paste', 'draw', 'allowed_size', 'resize', 'draw_split',
            'fingerprints', 'check', 'load_drawings', 'load_shapes9']
 
-# %% ../nbs/03d_shapes.ipynb #d3700686
+# %% ../nbs/03d_shapes.ipynb #9086e262
 import hashlib
 import json
 import warnings
@@ -24,12 +24,12 @@ from .files import ImageSet
 from .objects import SHAPES, TEXTURES, choose_paints, draw_object, ellipse, hue, polygon
 from .places import PAINTERS, SIDE, X, Y, dice, grain, paint_background
 
-# %% ../nbs/03d_shapes.ipynb #a740e49f
+# %% ../nbs/03d_shapes.ipynb #022e8f82
 COUNTS = {"train": 4050, "val": 1008, "test": 5040}  # drawings
 BACKGROUNDS = tuple(PAINTERS)
 MATCH = {"background": (0, 184), "texture": (1, 216)}  # die, and 256ths that go with the class for sure
 
-# %% ../nbs/03d_shapes.ipynb #2b6b9b69
+# %% ../nbs/03d_shapes.ipynb #c663e3eb
 def plan(
     index: int,  # 0 ... COUNTS[split] - 1
     split: str,  # train, val or test
@@ -47,7 +47,7 @@ def plan(
         "x": edge + d[5] % room, "y": edge + d[6] % room, "radius": radius, "angle": d[7] % 49 - 24, "mirror": d[8] % 2,
     }
 
-# %% ../nbs/03d_shapes.ipynb #1795fd17
+# %% ../nbs/03d_shapes.ipynb #c380e88b
 def plans(
     split: str,  # train, val or test
 ) -> pd.DataFrame:  # one row a drawing: file, then the entries of `plan`
@@ -56,7 +56,7 @@ def plans(
     table.insert(0, "file", [f"{split}/{name}/{i:05}" for i, name in enumerate(table["class"])])
     return table
 
-# %% ../nbs/03d_shapes.ipynb #ae469848
+# %% ../nbs/03d_shapes.ipynb #87f15980
 def scatter(
     picture: np.ndarray,  # int h w 3
     d: np.ndarray,  # at least 64 numbers
@@ -69,7 +69,7 @@ def scatter(
         picture[blob] = hue(a[5] % 1536, 90 + a[6] % 166, a[7] % 200)
     return picture
 
-# %% ../nbs/03d_shapes.ipynb #ab90ca64
+# %% ../nbs/03d_shapes.ipynb #0bee19be
 def paste(
     picture: np.ndarray,  # int SIDE SIDE 3
     colour: np.ndarray,  # int h w 3, sums over covered subpixels
@@ -87,7 +87,7 @@ def paste(
     whole[place] = cover[part]
     return picture, whole
 
-# %% ../nbs/03d_shapes.ipynb #da787fce
+# %% ../nbs/03d_shapes.ipynb #93e3d812
 def draw(
     index: int,  # 0 ... COUNTS[split] - 1
     split: str,  # train, val or test
@@ -104,7 +104,7 @@ def draw(
     picture = picture + ((grain(split, index)[..., None] - 128) * (4 + d[280] % 13) >> 7)
     return np.clip(picture, 0, 255).astype(np.uint8).transpose(2, 0, 1), (cover >= 2).astype(np.uint8)[None]
 
-# %% ../nbs/03d_shapes.ipynb #635275c3
+# %% ../nbs/03d_shapes.ipynb #9cdc5c3f
 def allowed_size(
     size: int,  # px
 ) -> int:  # the size
@@ -113,7 +113,7 @@ def allowed_size(
         raise InputError(f"shapes9 is drawn at {SIDE} px, so its size divides {SIDE} or is a multiple of it, like 28, 56, 112 or 224; got {size}.")
     return size
 
-# %% ../nbs/03d_shapes.ipynb #e7106abf
+# %% ../nbs/03d_shapes.ipynb #74bcded3
 def resize(
     drawings: np.ndarray,  # uint8 ... 112 112
     size: int,  # px, see `allowed_size`
@@ -125,7 +125,7 @@ def resize(
     parts = [drawings[..., i::p, j::p].astype(np.uint16) for i in range(p) for j in range(p)]
     return ((sum(parts) + p * p // 2) // (p * p)).astype(np.uint8)
 
-# %% ../nbs/03d_shapes.ipynb #25fa265c
+# %% ../nbs/03d_shapes.ipynb #77b594b4
 def draw_split(
     split: str,  # train, val or test
     size: int = SIDE,  # px, see `resize`
@@ -136,13 +136,13 @@ def draw_split(
         canvas[index] = resize(np.concatenate(draw(index, split)), size)
     return canvas
 
-# %% ../nbs/03d_shapes.ipynb #70d2760a
+# %% ../nbs/03d_shapes.ipynb #b7e41a91
 @lru_cache
 def fingerprints() -> dict[str, str]:  # "train-56" -> 64 hex digits
     "What the arrays of `draw_split` hash to, as it travels with the library."
     return json.loads((files("patchmix_repro") / "assets" / "shapes9.json").read_text())
 
-# %% ../nbs/03d_shapes.ipynb #03ebb5ee
+# %% ../nbs/03d_shapes.ipynb #77d4c516
 def check(
     drawings: np.ndarray,  # uint8 n 4 h h
     split: str,  # train, val or test
@@ -153,7 +153,7 @@ def check(
         raise DataError(f"shapes9 {name} px has other bytes than the package says. Remove data/cache; if it comes again, report your versions of Python and numpy.")
     return drawings
 
-# %% ../nbs/03d_shapes.ipynb #c7b32ad8
+# %% ../nbs/03d_shapes.ipynb #0dbd3e63
 def _from_cache(path, split):
     try:
         return check(np.load(path, allow_pickle=False), split)
@@ -162,7 +162,7 @@ def _from_cache(path, split):
     except (DataError, ValueError, EOFError, OSError):
         warnings.warn(f"{path.name} in the cache is torn or changed; it is drawn again.", stacklevel=3)
 
-# %% ../nbs/03d_shapes.ipynb #302ef6b0
+# %% ../nbs/03d_shapes.ipynb #a89f796d
 def _to_cache(path, drawings):
     buffer = BytesIO()
     np.save(buffer, drawings, allow_pickle=False)
@@ -171,7 +171,7 @@ def _to_cache(path, drawings):
     except StoreError as error:
         warnings.warn(f"the drawings are not kept for the next time: {error}", stacklevel=3)
 
-# %% ../nbs/03d_shapes.ipynb #fd80591d
+# %% ../nbs/03d_shapes.ipynb #db7db445
 def load_drawings(
     split: str,  # train, val or test
     size: int = SIDE,  # px, see `resize`
@@ -188,7 +188,7 @@ def load_drawings(
         _to_cache(path, drawings)
     return drawings if side == size else resize(drawings, size)
 
-# %% ../nbs/03d_shapes.ipynb #342312bf
+# %% ../nbs/03d_shapes.ipynb #03d70b56
 def load_shapes9(
     split: str,  # train, val or test
     size: int = 56,  # px: 56, 112, 224 ...

@@ -17,7 +17,7 @@ def test_the_official_recipes():
     swin = recipe_for("swin_s", "paper")
     assert (swin["lr"], swin["batch_size"], swin["clip_grad"], swin["drop_path"], swin["min_lr"]) == (1e-3, 1024, 5.0, 0.3, 1e-5)
     deit = recipe_for("deit", "paper")
-    assert (deit["lr"], deit["batch_size"], deit["warmup_epochs"], deit["drop_path"]) == (2.5e-4, 256, 5, 0.1)
+    assert (deit["lr"], deit["batch_size"], deit["warmup_epochs"], deit["drop_path"]) == (1e-3, 1024, 5, 0.1)
     for recipe in (tiny, swin, deit):
         assert (recipe["weight_decay"], recipe["mixup_alpha"], recipe["cutmix_alpha"], recipe["label_smoothing"]) == (0.05, 0.8, 1.0, 0.1)
         assert (recipe["augmentation"], recipe["erase"]) == ("rand-m9-mstd0.5-inc1", 0.25)
@@ -48,11 +48,24 @@ def test_the_learning_rate_follows_the_batch():
     (dict(grid=9), "grid 9 does not divide the 56 px"), (dict(grid=[7, 9]), "grid 9"), (dict(grid=0), "does not divide"), (dict(grid=()), "at least one"),
     (dict(resume="yes"), "bool"), (dict(precision="half"), "float32, bfloat16"), (dict(recipe="swim"), "did you mean 'swin'"),
     (dict(augmentation="flip"), "timm policy"),
+    (dict(epochs=3, warmup_epochs=3), "never reaches the peak"), (dict(lr=1e-3, min_lr=1e-2), "lies above lr"),
 ])
 def test_impossible_values_name_the_remedy(given, words):
     with pytest.raises(InputError) as error:
         train_config(**given)
     assert words in str(error.value)
+
+
+def test_equal_numbers_give_equal_names():
+    assert run_id(train_config(ratio=1, clip_grad=5)) == run_id(train_config(ratio=1.0, clip_grad=5.0))
+
+
+def test_a_short_training_keeps_a_short_warmup():
+    assert train_config(scale="paper", epochs=10).warmup_epochs == 5 and train_config(epochs=1).warmup_epochs == 0
+
+
+def test_a_later_field_leaves_old_names_alone():
+    assert "warmup_prefix" not in identity(train_config()) and identity(train_config(scale="paper"))["warmup_prefix"] is True
 
 
 def test_the_configuration_is_frozen():
@@ -70,7 +83,7 @@ def test_the_name_ignores_places_and_nothing_else(seed, ratio, out, resume, work
 
 def test_every_field_is_in_the_hash_or_declared_a_place():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    assert set(identity(train_config())) == fields - set(PLACE)
+    assert set(identity(train_config(warmup_prefix=True))) == fields - set(PLACE)
 
 
 def test_out_decides_the_folder(tmp_path):
@@ -81,5 +94,8 @@ def test_out_decides_the_folder(tmp_path):
 def test_a_notebook_namespace():
     namespace = {"model": "swin", "seed": 3, "In": ["x"], "Out": {}, "_": 1, "_oh": {}, "exit": print, "pd": pytest, "__name__": "__main__"}
     assert config_from(namespace) == train_config(model="swin", seed=3)
-    with pytest.raises(InputError, match="unknown parameter 'modle'; did you mean 'model'"):
-        config_from(namespace | {"modle": "convnext"})
+    for wrong in ("convnext", {"a": 1}, ("a",), 3):
+        with pytest.raises(InputError, match="unknown parameter 'modle'; did you mean 'model'"):
+            config_from(namespace | {"modle": wrong})
+    with pytest.raises(InputError, match="model is {'a': 1}, a dict"):
+        config_from(namespace | {"model": {"a": 1}})

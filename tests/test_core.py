@@ -97,6 +97,7 @@ def test_unpacking_stays_inside(tmp_path):
 
 def test_the_root_is_found_from_below(tmp_path, monkeypatch):
     (tmp_path / "nbs" / "results").mkdir(parents=True)
+    (tmp_path / "patchmix_repro").mkdir()
     (tmp_path / "settings.ini").touch()
     monkeypatch.chdir(tmp_path / "nbs" / "results")
     assert core.project_root() == tmp_path

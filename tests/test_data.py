@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from patchmix_repro import caltech, data, files, objects, places, shapes
-from patchmix_repro.core import DataError, InputError, project_root
+from patchmix_repro.core import DataError, InputError, project_root, unpack_zip
 
 SIZE = 28
 
@@ -151,13 +152,36 @@ def test_folder_splits_ignore_the_order_and_other_files(pets):
     assert set(data.create_dataset("folder", "test", SIZE, pets).manifest.file.str[:4]) == {"val/"}
 
 
-def test_memory_and_stream_agree(pets):
-    kept = data.create_dataset("folder", "test", SIZE, pets)
-    stream = data.create_dataset("folder", "test", SIZE, pets, transform=lambda image: files.to_tensor(files.square(image, SIZE)))
+@pytest.mark.parametrize("crop", [None, 0.5])
+@pytest.mark.parametrize("split", files.SPLITS)
+def test_memory_and_stream_agree(pets, split, crop):
+    kept, stream = (data.create_dataset("folder", split, SIZE, pets, memory=memory, crop=crop) for memory in (True, False))
     assert kept.in_memory and not stream.in_memory and kept.manifest_hash == stream.manifest_hash
     loader = torch.utils.data.DataLoader(stream, batch_size=5, num_workers=0)
     images, labels, index = (torch.cat(part) for part in zip(*loader))
-    assert torch.equal(images, kept.images) and torch.equal(labels, kept.labels) and index.tolist() == list(range(24))
+    assert torch.equal(images, kept.images) and torch.equal(labels, kept.labels) and index.tolist() == list(range(len(kept)))
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_only_evaluation_loses_the_margin(tmp_path, memory):
+    "A red frame of 1/16 of the side is what 224/256 cuts away."
+    for part in files.SPLITS:
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            picture = Image.new("RGB", (256, 256), (255, 0, 0))
+            picture.paste((0, 255, 0), (16, 16, 240, 240))
+            picture.save(tmp_path / part / name / "0.png")
+    for split, crop, framed in (("train", None, True), ("val", None, False), ("test", None, False), ("test", 1.0, True), ("train", 224 / 256, False)):
+        kept = data.create_dataset("folder", split, 112, tmp_path, memory=memory, crop=crop)
+        assert [bool((kept[i][0][0] > 127).any()) for i in range(2)] == [framed] * 2
+
+
+def test_impossible_crops_are_refused(pets):
+    for crop in (0, -0.5, 1.01, float("nan")):
+        with pytest.raises(InputError, match="crop .* above 0, at most 1"):
+            data.create_dataset("folder", "test", SIZE, pets, crop=crop)
+    with pytest.raises(InputError, match="transform is for a streamed set"):
+        data.create_dataset("folder", "test", SIZE, pets, memory=True, transform=files.to_tensor)
 
 
 def test_square_is_the_middle():
@@ -213,6 +237,67 @@ def test_a_manifest_pins_the_files(pets):
         data.create_dataset("folder", "test", SIZE, pets, manifest=pets / "test.csv")
 
 
+def test_a_manifest_and_a_quarantine_go_together(pets):
+    data.create_dataset("folder", "train", SIZE, pets, manifest=pets / "train.csv")
+    name, other = data.create_dataset("folder", "train", SIZE, pets).manifest.file[:2]
+    (pets / name).write_bytes(b"torn")
+    kept = data.create_dataset("folder", "train", SIZE, pets, manifest=pets / "train.csv", quarantine=(name,))
+    assert set(pd.read_csv(pets / "train.csv").file) - set(kept.manifest.file) == {name}
+    (pets / other).unlink()
+    with pytest.raises(DataError, match=f"1 bad.*{other}: missing"):
+        data.create_dataset("folder", "train", SIZE, pets, manifest=pets / "train.csv", quarantine=(name,))
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_an_empty_split_says_why_and_what_to_do(tmp_path, memory):
+    few = {"train/cat/000.jpg", "train/dog/000.jpg"}  # neither name falls into val
+    for file in (*few, *(name.replace("train", "test") for name in few)):
+        (tmp_path / file).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / file)
+    assert len(data.create_dataset("folder", "train", SIZE, tmp_path, memory=memory)) == 2
+    with pytest.raises(DataError, match="folder/val is empty: the keyed hash.*Add pictures.*train/, val/ and test/"):
+        data.create_dataset("folder", "val", SIZE, tmp_path, memory=memory)
+    with pytest.raises(DataError, match="folder/train is empty: quarantine leaves out all 2"):
+        data.create_dataset("folder", "train", SIZE, tmp_path, memory=memory, quarantine=tuple(few))
+    for file in few:  # the remedy
+        (tmp_path / file.replace("train", "val")).parent.mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / file.replace("train", "val"))
+    assert len(data.create_dataset("folder", "val", SIZE, tmp_path, memory=memory)) == 2
+    for file in few:  # both names fall into val
+        (tmp_path / file).rename((tmp_path / file).with_name("005.jpg"))
+        (tmp_path / file.replace("train", "val")).unlink()
+        (tmp_path / file.replace("train", "val")).parent.rmdir()
+    (tmp_path / "val").rmdir()
+    with pytest.raises(DataError, match="folder/train is empty: the keyed hash"):
+        data.create_dataset("folder", "train", SIZE, tmp_path, memory=memory)
+
+
+@pytest.mark.parametrize("error", [zlib.error("bad block"), EOFError("short"), zipfile.BadZipFile("crc")])
+def test_damage_inside_a_zip_is_a_bad_file(error):
+    def read(file):
+        raise error
+
+    with pytest.raises(DataError, match="unreadable"):
+        files.checked(read, ("a.jpg",))
+
+
+def test_a_damaged_zip_member_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("set/a.txt", "abc" * 100)
+    content = bytearray((tmp_path / "set.zip").read_bytes())
+    start = 30 + len("set/a.txt")  # a local header has 30 bytes and the name
+    content[start:start + 4] = b"\xff" * 4
+    (tmp_path / "set.zip").write_bytes(content)
+    with pytest.raises(zlib.error), zipfile.ZipFile(tmp_path / "set.zip") as archive:
+        archive.read("set/a.txt")
+    read = files.reader("set", tmp_path)
+    with pytest.raises(DataError, match="a.txt: unreadable"):
+        files.collect(lambda file: files.checked(read, (file,)), {"a.txt": "a.txt"}, "set/train")
+    with pytest.raises(DataError, match="not a whole zip file.*Fetch it again"):
+        unpack_zip(tmp_path / "set.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_impossible_folders(tmp_path, pets):
     with pytest.raises(DataError, match="needed are train/CLASS"):
         data.create_dataset("folder", "train", SIZE, tmp_path / "nowhere")
@@ -240,7 +325,9 @@ def test_missing_data_says_what_to_put_where(name, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_pets_in_torchvisions_layout(tmp_path):
+@pytest.fixture
+def breeds(tmp_path):
+    "Oxford Pets as torchvision lays it out."
     home = tmp_path / "oxford-iiit-pet"
     (home / "annotations" / "trimaps").mkdir(parents=True)
     (home / "images").mkdir()
@@ -253,9 +340,39 @@ def test_pets_in_torchvisions_layout(tmp_path):
                 Image.new("L", (50, 40), 1 + (i % 2)).save(home / "annotations" / "trimaps" / f"{stem}.png")
                 lines.append(f"{stem} {k + 1} 1 1")
         (home / "annotations" / f"{part}.txt").write_text("\n".join(lines) + "\n")
-    train, val, test = (data.create_dataset("oxford_pets", split, SIZE, tmp_path) for split in files.SPLITS)
+    return tmp_path
+
+
+def test_pets_in_torchvisions_layout(breeds):
+    train, val, test = (data.create_dataset("oxford_pets", split, SIZE, breeds) for split in files.SPLITS)
     assert (len(train) + len(val), len(test)) == (24, 24) and test.classes == ("Abyssinian", "Basset Hound")
     assert test.masks[:, 0, 0, 0].tolist() == [1, 0] * 12
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_listed_pictures_that_are_not_there_are_named_together(breeds, memory):
+    for stem in ("Abyssinian_100", "basset_hound_103"):
+        (breeds / "oxford-iiit-pet" / "images" / f"{stem}.jpg").unlink()
+    with pytest.raises(DataError, match="oxford_pets/test: 2 bad.*Abyssinian_100.jpg: missing; .*basset_hound_103.jpg: missing.*Restore them"):
+        data.create_dataset("oxford_pets", "test", SIZE, breeds, memory=memory)
+    gone = data.create_dataset("oxford_pets", "train", SIZE, breeds).manifest.file[0]
+    (breeds / "oxford-iiit-pet" / gone).unlink()
+    with pytest.raises(DataError, match=f"{gone}: missing.*quarantine"):
+        data.create_dataset("oxford_pets", "train", SIZE, breeds, memory=memory)
+    assert gone not in set(data.create_dataset("oxford_pets", "train", SIZE, breeds, memory=memory, quarantine=(gone,)).manifest.file)
+
+
+def test_masks_are_cropped_as_their_pictures(breeds):
+    home = breeds / "oxford-iiit-pet"
+    animal = np.zeros((256, 300), np.uint8)
+    animal[10:120, 30:170] = 255
+    for part, stem in (("train", None), ("test", "Abyssinian_100")):
+        stem = stem or Path(data.create_dataset("oxford_pets", part, SIZE, breeds).manifest.file[0]).stem
+        Image.fromarray(animal).convert("RGB").save(home / "images" / f"{stem}.jpg", quality=100)
+        Image.fromarray(np.where(animal, 1, 2).astype(np.uint8)).save(home / "annotations" / "trimaps" / f"{stem}.png")
+        kept = data.create_dataset("oxford_pets", part, SIZE, breeds)
+        row = kept.manifest.index[kept.manifest.file == f"images/{stem}.jpg"][0]
+        assert ((kept.images[row, :1] >= 128) == kept.masks[row].bool()).all() and 0.2 < kept.masks[row].float().mean() < 0.4
 
 
 # ---- real archives ----
@@ -288,7 +405,7 @@ def test_caltech9_changed_and_missing_files_are_named(tmp_path):
 
 def test_real_pictures_as_a_folder(tmp_path):
     home = unpacked("cifar10_subset", tmp_path)
-    test = data.create_dataset("folder", "test", 32, home)
+    test = data.create_dataset("folder", "test", 32, home, crop=1.0)
     assert len(test) == 2000 and test.num_classes == 10 and test.labels.bincount().tolist() == [200] * 10
     one = np.asarray(Image.open(home / test.manifest.file[7]).convert("RGB"))
     assert (test.images[7].permute(1, 2, 0).numpy() == one).all()

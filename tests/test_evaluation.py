@@ -60,6 +60,17 @@ def test_wrong_models_are_refused():
         image_rows(torch.tensor([[1.0, 0.0], [float("inf"), 0.0]]), Labelled([0, 1], 2))
 
 
+def test_a_torn_record_is_measured_again(tmp_path):
+    config = train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
+    run = train(config, progress=False)
+    rows = measure(run)
+    part, = (run.folder / "records").iterdir()
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.warns(store.StoreWarning, match="torn"):
+        again = measure(run)
+    pd.testing.assert_frame_equal(rows, again, check_dtype=False)
+
+
 def test_the_record_of_a_run(tmp_path):
     config = train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
     run = train(config, progress=False)

@@ -282,16 +282,18 @@ def test_a_cpu_generator_mixes_gpu_images():
         ({"ratio": (0.0, 1.5)}, "a pair low <= high"),
         ({"ratio": (0.5, 0.1)}, "a pair low <= high"),
         ({"ratio": ("beta", -1)}, "with a > 0"),
-        ({"ratio": ("gamma", 1)}, "is no law"),
-        ({"ratio": float("nan")}, "is no law"),
+        ({"ratio": ("gamma", 1)}, "is not a valid ratio"),
+        ({"ratio": float("nan")}, "is not a valid ratio"),
         ({"prob": 1.1}, "prob 1.1 is outside"),
         ({"label_smoothing": -0.1}, "label_smoothing -0.1 is outside"),
         ({"donor": "flop"}, "did you mean 'flip'"),
+        *[({"grid": grid}, "grid .* whole number from 1 on, or a tuple") for grid in (0, -7, 7.0, True, "7", None, (), (7, 0), (7, 3.5))],
+        *[({"num_classes": k}, "num_classes .* whole number from 2 on") for k in (1, 0, -5, 5.0, True, "5", None)],
     ],
 )
 def test_impossible_settings_are_refused_at_once(settings, remedy):
     with pytest.raises(InputError, match=remedy):
-        PatchMixing(5, **settings)
+        PatchMixing(**{"num_classes": 5} | settings)
 
 
 @pytest.mark.parametrize(
@@ -305,11 +307,13 @@ def test_impossible_settings_are_refused_at_once(settings, remedy):
         ({"label_smoothing": 2}, "from 0 to 1"),
         ({"patchmix": PatchMixing(6)}, "num_classes 6, the switch has 5"),
         ({"patchmix": PatchMixing(5, label_smoothing=0)}, "Give both the same"),
+        ({"num_classes": 1}, "whole number from 2 on"),
+        ({"num_classes": 5.0, "patchmix": PatchMixing(5)}, "whole number from 2 on"),
     ],
 )
 def test_impossible_switches_are_refused_at_once(settings, remedy):
     with pytest.raises(InputError, match=remedy):
-        MixingSwitch(5, **settings)
+        MixingSwitch(**{"num_classes": 5} | settings)
 
 
 @pytest.mark.parametrize("make", [PatchMixing, MixingSwitch])
@@ -332,8 +336,23 @@ def test_wrong_batches_are_refused(make, x, y, remedy):
 
 
 def test_a_grid_that_does_not_divide_is_refused_before_any_is_drawn():
-    with pytest.raises(InputError, match="5 x 5 grid does not divide a 28 x 28 image"):
+    with pytest.raises(InputError, match="grid 5 x 5 does not divide a 28 x 28 image"):
         for seed in range(20):
             PatchMixing(5, grid=(7, 5))(*batch(), generator=generator(seed))
-    with pytest.raises(InputError, match="at least 1 x 1"):
-        PatchMixing(5, grid=0)(*batch())
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("patchmix", [None, PatchMixing(5, grid=(8, 7))])
+def test_a_switch_refuses_such_a_grid_on_the_first_batch(seed, patchmix):
+    with pytest.raises(InputError, match="grid 7 x 7 does not divide a 32 x 32 image"):
+        MixingSwitch(5, patchmix=patchmix)(*batch(size=32), generator=generator(seed))
+    out, _ = MixingSwitch(5, patchmix=patchmix, weights=(1, 1, 0))(*batch(size=32), generator=generator(seed))
+    assert out.shape[-1] == 32
+
+
+def test_the_check_draws_nothing():
+    here, there = generator(), generator()
+    plan = MixingSwitch(5, weights=(0, 0, 1)).draw(SHAPE, here)
+    torch.rand((), generator=there, dtype=torch.float64)  # which of the three
+    again = PatchMixing(5).draw(SHAPE, there)
+    assert torch.equal(plan.mask, again.mask) and torch.equal(here.get_state(), there.get_state())

@@ -90,7 +90,7 @@ def test_impossible_counts_are_refused(count):
 def test_grid_errors_name_both_numbers_and_a_remedy():
     with pytest.raises(InputError, match=r"50 patches do not fill a 7 x 7 grid. Give 49"):
         grid_sides(50)
-    with pytest.raises(InputError, match=r"7 x 7 grid does not divide a 50 x 60 image. Resize the image to 49 x 63"):
+    with pytest.raises(InputError, match=r"grid 7 x 7 does not divide a 50 x 60 image. Resize the image to 49 x 63"):
         patch_sides(50, 60, 7)
     with pytest.raises(InputError, match="at least 1 x 1"):
         patch_sides(8, 8, 0)
@@ -106,7 +106,7 @@ def test_grid_errors_name_both_numbers_and_a_remedy():
     ],
 )
 def test_a_grid_that_does_not_divide_is_refused_everywhere(call):
-    with pytest.raises(InputError, match="3 x 3 grid does not divide a 8 x 9 image"):
+    with pytest.raises(InputError, match="grid 3 x 3 does not divide a 8 x 9 image"):
         call(torch.zeros(2, 3, 8, 9), torch.zeros(2, 9, dtype=torch.bool))
 
 

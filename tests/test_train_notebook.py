@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from nbclient import NotebookClient
 
 from patchmix_repro import store
 from patchmix_repro.config import train_config
@@ -40,6 +41,16 @@ def test_a_notebook_is_short_and_all_its_parameters_are_fields():
     exec(tagged[0].source, space)  # our own file
     defaults = {n: space[n] for n in names}
     assert train_config(**defaults) == train_config()
+
+
+def test_the_notebook_can_be_run_again_in_the_same_kernel(tmp_path):
+    "Change a parameter, run all cells again: names left by the first run are no parameters."
+    notebook = nbformat.read(TRAIN, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    again = [nbformat.v4.new_code_cell(c.source) for c in code[1:]]
+    values = nbformat.v4.new_code_cell(f"model, max_steps, batch_size, out = 'convmixer', 1, 8, {str(tmp_path / 'run')!r}")
+    notebook.cells = [code[0], values, *code[1:], values.copy(), *again]
+    NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
 
 
 def test_a_half_written_notebook_is_written_again(tmp_path):
