@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['epoch_order', 'KeyedTransform', 'train_batches', 'policy_of', 'mixer_for', 'options', 'captions', 'first_batch']
 
-# %% ../nbs/10b_batches.ipynb #12e641c0
+# %% ../nbs/10b_batches.ipynb #3fe5684b
 import dataclasses
 import random
 
@@ -21,7 +21,7 @@ from .data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, augment, create_dataset
 from .mixing import MixingSwitch, PatchMixing
 from .models import IMAGE_SIZE
 
-# %% ../nbs/10b_batches.ipynb #83e12ce4
+# %% ../nbs/10b_batches.ipynb #baf0f98c
 def epoch_order(
     n: int,  # samples
     batch_size: int,  # per step, over all processes
@@ -32,7 +32,7 @@ def epoch_order(
     order = torch.randperm(n, generator=keyed_generator(seed, "order", epoch))
     return list(order.split(batch_size))[:max(1, n // batch_size)]
 
-# %% ../nbs/10b_batches.ipynb #724fcea5
+# %% ../nbs/10b_batches.ipynb #53bff257
 class KeyedTransform(Dataset):
     "A data set whose random transform depends on (seed, epoch, sample) alone."
 
@@ -49,7 +49,7 @@ class KeyedTransform(Dataset):
         random.seed(key), np.random.seed(key % 2**32), torch.manual_seed(key)
         return self.transform(picture), int(self.dataset.labels[index]), index
 
-# %% ../nbs/10b_batches.ipynb #75b1505e
+# %% ../nbs/10b_batches.ipynb #8704bf5f
 def train_batches(
     dataset,  # the training split
     config: TrainConfig,  # complete
@@ -70,7 +70,7 @@ def train_batches(
         for x, y, ids in DataLoader(keyed, batch_sampler=slices, num_workers=config.workers):
             yield ids, x.to(device), y.to(device)
 
-# %% ../nbs/10b_batches.ipynb #2f20caa5
+# %% ../nbs/10b_batches.ipynb #620c1743
 def policy_of(
     config: TrainConfig,  # complete
 ):  # from a PIL picture to a normalised tensor 3 h w
@@ -79,7 +79,7 @@ def policy_of(
     return create_transform(IMAGE_SIZE[config.scale], is_training=True, auto_augment=policy, color_jitter=0.4 if policy else None,
                             interpolation="bicubic", re_prob=config.erase, re_mode="pixel", scale=(config.crop, 1.0), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
-# %% ../nbs/10b_batches.ipynb #4b4b003b
+# %% ../nbs/10b_batches.ipynb #dbcc0ce1
 def mixer_for(
     config: TrainConfig,  # complete
     num_classes: int,  # k
@@ -94,7 +94,7 @@ def mixer_for(
     weights = (1 / 3, 1 / 3, 1 / 3) if config.mixing == "switch" else (0.5, 0.5, 0.0)
     return MixingSwitch(mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha, patchmix=patch, weights=weights, **smooth)
 
-# %% ../nbs/10b_batches.ipynb #6104e38f
+# %% ../nbs/10b_batches.ipynb #2a60215d
 def options(
     config: TrainConfig,  # complete
     split: str,  # "train", "val" or "test"
@@ -106,7 +106,7 @@ def options(
         wanted["memory"] = False
     return wanted
 
-# %% ../nbs/10b_batches.ipynb #2e8a3c98
+# %% ../nbs/10b_batches.ipynb #d9551494
 def captions(
     labels: torch.Tensor,  # soft labels b k
     classes: tuple[str, ...],  # k names
@@ -114,7 +114,7 @@ def captions(
     "The largest two label weights of every image, in words."
     return ["\n+ ".join(f"{w:.2f} {classes[k]}" for w, k in zip(*row.topk(2)) if w > 0) for row in labels]
 
-# %% ../nbs/10b_batches.ipynb #3374a678
+# %% ../nbs/10b_batches.ipynb #3f4009f5
 def first_batch(
     config: TrainConfig,  # complete
     b: int = 12,  # images

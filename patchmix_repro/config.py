@@ -6,7 +6,7 @@
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'NEUTRAL', 'recipe_for',
            'TrainConfig', 'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
 
-# %% ../nbs/10a_config.ipynb #e1017102
+# %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
 import math
 import types
@@ -18,7 +18,7 @@ from .core import InputError, choose, project_root, stable_hash
 from .data import DATASETS
 from .models import IMAGE_SIZE, MODELS
 
-# %% ../nbs/10a_config.ipynb #e2feaa45
+# %% ../nbs/10a_config.ipynb #e2a51f40
 OFFICIAL = {
     "convnext": dict(epochs=300, warmup_epochs=20, batch_size=4096, lr=4e-3, min_lr=1e-6, warmup_lr=0.0, warmup_prefix=True, clip_grad=0.0,
                      ema_decay=0.9999, layer_scale=1e-6, drop_path=0.1),
@@ -28,7 +28,7 @@ OFFICIAL = {
                  ema_decay=0.0, layer_scale=0.0, drop_path=0.1),
 }
 
-# %% ../nbs/10a_config.ipynb #2ad6e6ee
+# %% ../nbs/10a_config.ipynb #4dd68049
 SHORT = {
     "mini": dict(epochs=9, warmup_epochs=1, batch_size=64, lr=4e-3, min_lr=1e-5, warmup_lr=1e-5, clip_grad=1.0,
                  ema_decay=0.99, layer_scale=0.0, drop_path=0.0),
@@ -36,17 +36,17 @@ SHORT = {
                   ema_decay=0.999, layer_scale=0.0, drop_path=0.05),
 }
 
-# %% ../nbs/10a_config.ipynb #97a32c36
+# %% ../nbs/10a_config.ipynb #c5ed05bc
 COMMON = dict(weight_decay=0.05, label_smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.0, warmup_prefix=False)
 
-# %% ../nbs/10a_config.ipynb #b8d957f6
+# %% ../nbs/10a_config.ipynb #fbef6667
 RECIPES = {name: {**COMMON, "augmentation": "crop", "crop": 0.35, "erase": 0.0, **values} for name, values in SHORT.items()}
 RECIPES |= {name: {**COMMON, "augmentation": "rand-m9-mstd0.5-inc1", "crop": 0.08, "erase": 0.25, **values} for name, values in OFFICIAL.items()}
 
-# %% ../nbs/10a_config.ipynb #234b1f0d
+# %% ../nbs/10a_config.ipynb #b0d56469
 FAMILY = {"drop_path": {"convnext_s": 0.4, "swin_s": 0.3}, "lr": {"deit": 1e-3, "deit_b": 1e-3, "convit": 1e-3, "swin": 2e-3, "swin_s": 2e-3, "mixer": 2e-3}}
 
-# %% ../nbs/10a_config.ipynb #d4d6111e
+# %% ../nbs/10a_config.ipynb #77459aec
 def recipe_for(
     model: str,  # one of MODELS
     scale: str,  # "mini", "small" or "paper"
@@ -64,7 +64,7 @@ def recipe_for(
     values["drop_path"] = 0.0 if model.startswith("convmixer") else values["drop_path"]
     return values
 
-# %% ../nbs/10a_config.ipynb #19f27506
+# %% ../nbs/10a_config.ipynb #ee1f9990
 @dataclass(frozen=True)
 class TrainConfig:
     "What one training run is; made by `train_config`, which checks it."
@@ -106,11 +106,11 @@ class TrainConfig:
     workers: int = 4  # decoding processes of streamed sets
     checkpoint_every: int = 0  # steps between checkpoints inside an epoch; 0: only at its end
 
-# %% ../nbs/10a_config.ipynb #e8eeed2e
+# %% ../nbs/10a_config.ipynb #a1d48051
 HINTS = typing.get_type_hints(TrainConfig)  # field -> type
 PLACE = ("root", "out", "resume", "device", "processes", "workers", "checkpoint_every")  # where and how to run; not part of the name
 
-# %% ../nbs/10a_config.ipynb #2491c3f0
+# %% ../nbs/10a_config.ipynb #c830e425
 def _fits(value, hint):
     if isinstance(hint, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
@@ -120,13 +120,13 @@ def _fits(value, hint):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
-# %% ../nbs/10a_config.ipynb #bcc67054
+# %% ../nbs/10a_config.ipynb #87a43e39
 _POSITIVE = (lambda v: v > 0, "above 0")
 _SHARE = (lambda v: 0 <= v <= 1, "0 to 1")
 _NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 _COUNT = (lambda v: v >= 1, "integers from 1")
 
-# %% ../nbs/10a_config.ipynb #5d362c51
+# %% ../nbs/10a_config.ipynb #4742bb68
 RULES = {
     **dict.fromkeys(("epochs", "batch_size", "max_steps", "processes"), _COUNT),
     **dict.fromkeys(("lr", "mixup_alpha", "cutmix_alpha"), _POSITIVE),
@@ -139,7 +139,7 @@ RULES = {
 CHOICES = {"model": MODELS, "scale": tuple(IMAGE_SIZE), "data": tuple(DATASETS), "mixing": ("none", "timm", "patch", "switch"),
            "recipe": ("auto", *RECIPES), "precision": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu")}
 
-# %% ../nbs/10a_config.ipynb #c128aa53
+# %% ../nbs/10a_config.ipynb #4c3c097e
 def _check(config):
     for name, hint in HINTS.items():
         value = getattr(config, name)
@@ -160,7 +160,7 @@ def _check(config):
     if None not in (config.lr, config.min_lr) and config.min_lr > config.lr:
         raise InputError(f"min_lr {config.min_lr} lies above lr {config.lr}. Lower min_lr or raise lr.")
 
-# %% ../nbs/10a_config.ipynb #c6a16bba
+# %% ../nbs/10a_config.ipynb #6b597569
 def train_config(
     **given,  # fields of TrainConfig; the others keep their defaults
 ) -> TrainConfig:  # complete: no recipe value is left open
@@ -177,7 +177,7 @@ def train_config(
     _check(config)
     return dataclasses.replace(config, **{k: float(getattr(config, k)) for k, hint in HINTS.items() if hint in (float, float | None)})
 
-# %% ../nbs/10a_config.ipynb #e968b817
+# %% ../nbs/10a_config.ipynb #8b155311
 def config_from(
     namespace: dict,  # a notebook's globals()
 ) -> TrainConfig:
@@ -186,10 +186,10 @@ def config_from(
     plain = (str, int, float, bool, list, tuple, dict, set, type(None))
     return train_config(**{k: v for k, v in namespace.items() if not k.startswith("_") and k not in shell and isinstance(v, plain)})
 
-# %% ../nbs/10a_config.ipynb #27a8609c
+# %% ../nbs/10a_config.ipynb #b9ed1285
 NEUTRAL = {"warmup_prefix": False}  # fields younger than published runs -> the value that leaves those runs' names as they are
 
-# %% ../nbs/10a_config.ipynb #20ce71b7
+# %% ../nbs/10a_config.ipynb #e441cdf9
 def identity(
     config: TrainConfig,  # complete
 ) -> dict:  # name -> JSON value
@@ -197,7 +197,7 @@ def identity(
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return {k: v for k, v in values.items() if k not in PLACE and not (k in NEUTRAL and v == NEUTRAL[k])}
 
-# %% ../nbs/10a_config.ipynb #26154ebf
+# %% ../nbs/10a_config.ipynb #8715d52b
 def run_id(
     config: TrainConfig,  # complete
 ) -> str:  # data-model-scale-mixing-s<seed>-<hash>
@@ -205,7 +205,7 @@ def run_id(
     c = config
     return f"{c.data}-{c.model}-{c.scale}-{c.mixing}-s{c.seed}-{stable_hash(identity(c), 8)}"
 
-# %% ../nbs/10a_config.ipynb #a3e7321e
+# %% ../nbs/10a_config.ipynb #130c4275
 def run_folder(
     config: TrainConfig,  # complete
 ) -> Path:  # `out`, or runs/<id> in the project

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'evaluate', 'image_rows', 'accuracy', 'recorded', 'measure', 'training_record', 'publish_checkpoint']
 
-# %% ../nbs/12_evaluation.ipynb #1f38a6f9
+# %% ../nbs/12_evaluation.ipynb #3a95095a
 import json
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .stats import percent, wilson
 from .state import checkpoints, dtype_of
 from .training import Run, load_model, write_model
 
-# %% ../nbs/12_evaluation.ipynb #1a22c753
+# %% ../nbs/12_evaluation.ipynb #2bccebab
 def evaluate(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     dataset,  # from `create_dataset`; its classes are the model's
@@ -37,7 +37,7 @@ def evaluate(
     logits = predict(model, dataset, None, batch_size, device, dtype, workers, progress)
     return image_rows(logits, dataset)
 
-# %% ../nbs/12_evaluation.ipynb #dcd6e985
+# %% ../nbs/12_evaluation.ipynb #1ab69200
 def image_rows(
     logits: torch.Tensor,  # float n k, in the data set's order
     dataset,  # n samples with labels and a manifest
@@ -54,7 +54,7 @@ def image_rows(
     return pd.DataFrame({"file": dataset.manifest.file.to_numpy(), "label": dataset.labels, "prediction": ranked[:, 0],
                          "correct": (ranked[:, :1] == labels).any(1), "correct5": (ranked == labels).any(1), "probability": true})
 
-# %% ../nbs/12_evaluation.ipynb #5000aa04
+# %% ../nbs/12_evaluation.ipynb #c168eeac
 def accuracy(
     rows: pd.DataFrame,  # from `evaluate`
     level: float = 0.95,  # of the interval
@@ -63,7 +63,7 @@ def accuracy(
     found = {name: wilson(int(rows[column].sum()), len(rows), level) for name, column in (("top1", "correct"), ("top5", "correct5"))}
     return pd.DataFrame(found.values(), index=list(found))
 
-# %% ../nbs/12_evaluation.ipynb #c294a70f
+# %% ../nbs/12_evaluation.ipynb #5c41668b
 def recorded(
     run: Run,  # a finished training
     place: Path,  # a store
@@ -74,7 +74,7 @@ def recorded(
     rows = store.read_table(place, "images", kind="train")
     return rows[rows.run_id.eq(run_id(run.config))].drop(columns="run_id").reset_index(drop=True)
 
-# %% ../nbs/12_evaluation.ipynb #db11efd2
+# %% ../nbs/12_evaluation.ipynb #2e435dde
 def measure(
     run: Run,  # a finished training
     progress: bool = False,  # show a bar
@@ -91,7 +91,7 @@ def measure(
     store.append(training_record(run, rows, {"train": card["data_manifest"], "test": test.manifest_hash}, attachments), place)
     return rows
 
-# %% ../nbs/12_evaluation.ipynb #9c9c35cf
+# %% ../nbs/12_evaluation.ipynb #29722e10
 def training_record(
     run: Run,  # a finished training
     rows: pd.DataFrame,  # its test images, from `evaluate`
@@ -108,7 +108,7 @@ def training_record(
     record["provenance"]["training"] = json.loads((checkpoints(run.folder)[-1] / "state.json").read_text())["made"]
     return record
 
-# %% ../nbs/12_evaluation.ipynb #08453ea5
+# %% ../nbs/12_evaluation.ipynb #284e9295
 CARD = """# {name}
 
 {model} at scale {scale}, trained on the train split of {data} for {steps} steps with mixing `{mixing}`, seed {seed}.
@@ -131,7 +131,7 @@ model, card = load_model("results/checkpoints/{name}")
 The network knows the {k} classes of {data} and nothing else.
 """
 
-# %% ../nbs/12_evaluation.ipynb #827c8d33
+# %% ../nbs/12_evaluation.ipynb #65f24037
 def publish_checkpoint(
     run: Run,  # a finished training
     name: str,  # of the new folder

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'VAL_SHARE', 'EVAL_CROP', 'is_val', 'data_root', 'reader', 'square', 'open_image', 'to_tensor',
-           'manifest_hash', 'report', 'checked', 'collect', 'ImageSet', 'EvalTransform', 'FileSet']
+           'manifest_hash', 'report', 'checked', 'collect', 'ImageSet', 'EvalTransform', 'read_picture', 'FileSet']
 
-# %% ../nbs/03a_files.ipynb #f4c3abcf
+# %% ../nbs/03a_files.ipynb #f0147cef
 import hashlib
 import io
 import os
@@ -23,11 +23,11 @@ from torchvision import tv_tensors
 
 from .core import DataError, InputError, keyed_seed, project_root, stable_hash
 
-# %% ../nbs/03a_files.ipynb #3d4dd3fa
+# %% ../nbs/03a_files.ipynb #ba7ee348
 SPLITS = ("train", "val", "test")
 VAL_SHARE = 0.12  # of the published training images
 
-# %% ../nbs/03a_files.ipynb #b1ab9212
+# %% ../nbs/03a_files.ipynb #92e22ef2
 def is_val(
     key: str,  # name of the picture: all copies of one picture share it
     share: float = VAL_SHARE,  # expected share of the training images
@@ -35,14 +35,14 @@ def is_val(
     "Whether a training image belongs to the val part: its hash alone decides."
     return keyed_seed(0, "val", key) < share * 2**63
 
-# %% ../nbs/03a_files.ipynb #d0be05e7
+# %% ../nbs/03a_files.ipynb #41292021
 def data_root(
     root: str | Path | None = None,  # the folder that holds the data sets
 ) -> Path:
     "`root`, else the environment variable PATCHMIX_DATA, else the project's `data/`."
     return Path(root or os.environ.get("PATCHMIX_DATA") or project_root() / "data").expanduser()
 
-# %% ../nbs/03a_files.ipynb #64d30204
+# %% ../nbs/03a_files.ipynb #58a60ea3
 def reader(
     name: str,  # the set's name: "caltech9"
     root: str | Path | None = None,  # see `data_root`
@@ -61,7 +61,7 @@ def reader(
         raise DataError(f"{archive.name} is not a whole zip file ({error}). Fetch it again.") from error
     return lambda file: source.read(f"{name}/{file}")
 
-# %% ../nbs/03a_files.ipynb #87e9f71a
+# %% ../nbs/03a_files.ipynb #b22ae7e1
 def square(
     image: Image.Image,  # any size
     size: int,  # side of the result, px
@@ -73,7 +73,7 @@ def square(
     left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), resample, box=(left, top, left + side, top + side))
 
-# %% ../nbs/03a_files.ipynb #445ad823
+# %% ../nbs/03a_files.ipynb #4daa1786
 def open_image(
     content: bytes,  # an encoded picture
     mode: str | None = "RGB",  # Pillow mode of the result; None keeps the file's
@@ -88,7 +88,7 @@ def open_image(
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"no readable picture ({str(error).split('<')[0].strip() or type(error).__name__})") from error
 
-# %% ../nbs/03a_files.ipynb #0aed1f27
+# %% ../nbs/03a_files.ipynb #73e79443
 def to_tensor(
     image: Image.Image,  # RGB, L or 1
 ) -> torch.Tensor:  # uint8, c h w
@@ -96,7 +96,7 @@ def to_tensor(
     array = np.array(image, dtype=np.uint8)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
-# %% ../nbs/03a_files.ipynb #cd3bc16a
+# %% ../nbs/03a_files.ipynb #bfa7fb39
 def manifest_hash(
     manifest: pd.DataFrame,  # with columns file, label, sha256
     classes: tuple[str, ...],  # class names in label order
@@ -105,7 +105,7 @@ def manifest_hash(
     rows = manifest[["file", "label", "sha256"]].values.tolist()
     return stable_hash([list(classes), rows])
 
-# %% ../nbs/03a_files.ipynb #37842b79
+# %% ../nbs/03a_files.ipynb #9c61d300
 def report(
     problems: dict[str, str],  # file -> what is wrong with it
     where: str,  # the set and split, for the message
@@ -119,7 +119,7 @@ def report(
     extra = ", or leave them out with quarantine=(...) (training only)" if quarantine else ""
     raise DataError(f"{where}: {len(problems)} bad file(s): {shown}{more}. Restore them{extra}.")
 
-# %% ../nbs/03a_files.ipynb #6330902c
+# %% ../nbs/03a_files.ipynb #7e315f77
 def checked(
     read,  # a function from a file's name to its bytes
     files: tuple[str, ...],  # read one after the other
@@ -135,7 +135,7 @@ def checked(
         raise DataError("changed: its sha256 is not the manifest's")
     return parts
 
-# %% ../nbs/03a_files.ipynb #7f98d071
+# %% ../nbs/03a_files.ipynb #ac4cf4da
 def collect(
     function,  # called with each item; its DataErrors are gathered
     items: dict[str, object],  # file -> argument
@@ -152,7 +152,7 @@ def collect(
     report(problems, where, quarantine)
     return results
 
-# %% ../nbs/03a_files.ipynb #4c2d1a5e
+# %% ../nbs/03a_files.ipynb #c897fbcb
 class ImageSet(Dataset):
     "A data set that lives decoded in memory: `dataset[i]` is (image, label, i)."
 
@@ -184,10 +184,10 @@ class ImageSet(Dataset):
         "Picture and mask as tv_tensors, for torchvision's v2 transforms."
         return tv_tensors.Image(self.images[index]), tv_tensors.Mask(self.masks[index])
 
-# %% ../nbs/03a_files.ipynb #9eb87058
+# %% ../nbs/03a_files.ipynb #b189bc24
 EVAL_CROP = 224 / 256  # side of the square that evaluation keeps / shorter side of the photograph
 
-# %% ../nbs/03a_files.ipynb #b4eb9386
+# %% ../nbs/03a_files.ipynb #168c5bc0
 class EvalTransform:
     "The shorter side to size * 256 / 224 px, then the central square: ImageNet's usual evaluation."
 
@@ -203,7 +203,16 @@ class EvalTransform:
     def __call__(self, image):
         return to_tensor(square(image, self.size, self.crop))
 
-# %% ../nbs/03a_files.ipynb #be915eee
+# %% ../nbs/03a_files.ipynb #b67940b9
+def read_picture(
+    folder: Path,  # what the file names start from
+    row: pd.Series,  # of a manifest: file, sha256
+) -> Image.Image:  # RGB
+    "The picture of a manifest's row, its bytes compared with its hash."
+    content, = checked(lambda file: (folder / file).read_bytes(), (row.file,), row.sha256)
+    return open_image(content)
+
+# %% ../nbs/03a_files.ipynb #e9200032
 class FileSet(Dataset):
     "A data set that stays on the disk: `dataset[i]` is (image, label, i)."
 
@@ -243,6 +252,4 @@ class FileSet(Dataset):
         collect(lambda i: self._read(i) and None, items, self._where, self.split == "train")
 
     def _read(self, index):
-        row = self.manifest.iloc[index]
-        content, = checked(lambda file: (self.folder / file).read_bytes(), (row.file,), row.sha256)
-        return open_image(content)
+        return read_picture(self.folder, self.manifest.iloc[index])

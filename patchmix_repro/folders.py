@@ -6,7 +6,7 @@
 __all__ = ['IN_MEMORY', 'scan', 'published_part', 'cut', 'leave_out', 'not_empty', 'hashed', 'in_memory', 'finish', 'open_folder',
            'open_imagenet', 'fetch', 'open_imagenette', 'pet_mask', 'open_oxford_pets', 'open_cifar10']
 
-# %% ../nbs/03f_folders.ipynb #5f4041a9
+# %% ../nbs/03f_folders.ipynb #7182bde1
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +19,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
 from .core import DataError, InputError, atomic_write, choose
-from .files import SPLITS, EvalTransform, FileSet, ImageSet, checked, collect, data_root, is_val, open_image, report, square, to_tensor
+from .files import SPLITS, EvalTransform, FileSet, ImageSet, checked, collect, data_root, is_val, open_image, read_picture, report, square, to_tensor
 
-# %% ../nbs/03f_folders.ipynb #27664a19
+# %% ../nbs/03f_folders.ipynb #9f9a0171
 IN_MEMORY = 2**30  # bytes: a set that decodes to less is kept in memory
 
-# %% ../nbs/03f_folders.ipynb #6d9ac7d6
+# %% ../nbs/03f_folders.ipynb #346bf792
 def scan(
     folder: Path,  # holds one folder a class
 ) -> pd.DataFrame:  # file (from the parent of `folder`), class; sorted
@@ -38,7 +38,7 @@ def scan(
         raise DataError(f"{folder.name}/ in {folder.parent}: {what}. Put pictures in {folder.name}/CLASS/NAME.jpg.")
     return table
 
-# %% ../nbs/03f_folders.ipynb #6bb3ea86
+# %% ../nbs/03f_folders.ipynb #7490ae80
 def published_part(
     folder: Path,  # holds train/ and val/ or test/
     split: str,  # train, val or test
@@ -51,7 +51,7 @@ def published_part(
         return split, False
     return (parts[1], False) if split == "test" else ("train", True)
 
-# %% ../nbs/03f_folders.ipynb #d08b78f4
+# %% ../nbs/03f_folders.ipynb #8f88bff0
 def cut(
     table: pd.DataFrame,  # with a column file
     split: str,  # train or val
@@ -59,7 +59,7 @@ def cut(
     "The rows of a published training part that belong to our train or val."
     return table[table.file.map(is_val) == (split == "val")].reset_index(drop=True)
 
-# %% ../nbs/03f_folders.ipynb #239ed53c
+# %% ../nbs/03f_folders.ipynb #f4b7fd3e
 def leave_out(
     table: pd.DataFrame,  # with a column file
     split: str,  # train, val or test
@@ -72,7 +72,7 @@ def leave_out(
         choose("quarantined file", file, list(table.file))
     return table[~table.file.isin(quarantine)].reset_index(drop=True)
 
-# %% ../nbs/03f_folders.ipynb #73a76c2c
+# %% ../nbs/03f_folders.ipynb #08b95bcb
 def not_empty(
     table: pd.DataFrame,  # what is left for the split
     name: str,  # the data set, for the message
@@ -88,7 +88,7 @@ def not_empty(
     why = "no picture is listed" if split == "test" else f"the keyed hash of the file names puts {share} {split} (about 12 % of the training pictures become val)"
     raise DataError(f"{name}/{split} is empty: {why}. Add pictures, or give a folder with train/, val/ and test/, whose parts stay as they are.")
 
-# %% ../nbs/03f_folders.ipynb #4e75a48a
+# %% ../nbs/03f_folders.ipynb #8cb5e42d
 def hashed(
     table: pd.DataFrame,  # with a column file
     folder: Path,  # what the file names start from
@@ -111,25 +111,20 @@ def hashed(
     report(dict.fromkeys(gone, "missing") | dict.fromkeys(fresh, "not in the manifest"), where)
     return table.assign(sha256=table.file.map(known))
 
-# %% ../nbs/03f_folders.ipynb #e27b5847
+# %% ../nbs/03f_folders.ipynb #2167bd04
 def in_memory(
     stream: FileSet,  # the set on the disk
     mask: Callable | None = None,  # from (file name, size, crop) to a uint8 mask 1 h w
 ) -> ImageSet:
     "Decode a streamed set once, pictures and masks cropped as it streams. All files at fault are named together."
-    rows = {row.file: i for i, row in enumerate(stream.manifest.itertuples())}
-    where = f"{stream.name}/{stream.split}"
-
-    def decode(i):
-        row = stream.manifest.iloc[i]
-        content, = checked(lambda file: (stream.folder / file).read_bytes(), (row.file,), row.sha256)
-        return EvalTransform(stream.size, stream.crop)(open_image(content))
-
+    rows = {file: i for i, file in enumerate(stream.manifest.file)}
+    where, crop = f"{stream.name}/{stream.split}", EvalTransform(stream.size, stream.crop)
+    decode = lambda i: crop(read_picture(stream.folder, stream.manifest.iloc[i]))
     images = collect(decode, rows, where, stream.split == "train")
     masks = collect(lambda i: mask(stream.manifest.file[i], stream.size, stream.crop), rows, where) if mask else None
     return ImageSet(stream.name, stream.split, stream.classes, stream.manifest, torch.stack(images), torch.stack(masks) if masks else None)
 
-# %% ../nbs/03f_folders.ipynb #6ee09e4c
+# %% ../nbs/03f_folders.ipynb #81eb36a6
 def finish(
     name: str,  # the data set
     split: str,  # train, val or test
@@ -158,7 +153,7 @@ def finish(
         memory = transform is None and len(table) * 3 * size * size < IN_MEMORY
     return in_memory(stream, mask) if memory else stream
 
-# %% ../nbs/03f_folders.ipynb #33aff947
+# %% ../nbs/03f_folders.ipynb #2225fd7a
 def open_folder(
     split: str,  # train, val or test
     size: int,  # px
@@ -177,12 +172,12 @@ def open_folder(
     table = cut(table, split) if cuts else table
     return finish(name, split, size, table, classes, folder, **options)
 
-# %% ../nbs/03f_folders.ipynb #bac211d7
+# %% ../nbs/03f_folders.ipynb #08342003
 def _inside(name, root):
     base = data_root(root)
     return base if (base / "train").is_dir() and not (base / name).is_dir() else base / name
 
-# %% ../nbs/03f_folders.ipynb #a6997b73
+# %% ../nbs/03f_folders.ipynb #7a84ba4c
 def open_imagenet(
     split: str,  # train, val or test (the published val)
     size: int,  # px
@@ -198,7 +193,7 @@ def open_imagenet(
         raise DataError(f"{folder} has {len(data.classes)} class folders, ImageNet-1k has 1000 (n01440764 ...). Open a part of it as data 'folder'.")
     return data
 
-# %% ../nbs/03f_folders.ipynb #70994f9f
+# %% ../nbs/03f_folders.ipynb #785a692c
 def fetch(
     name: str,  # the data set, for the message
     opener: Callable,  # opens torchvision's data set and checks its archives
@@ -211,7 +206,7 @@ def fetch(
         remedy = "The download failed; try again." if download else "Pass download=True to fetch it, or put torchvision's layout there."
         raise DataError(f"{name}: {str(error).rstrip('.')}. {remedy}") from error
 
-# %% ../nbs/03f_folders.ipynb #4fb6b535
+# %% ../nbs/03f_folders.ipynb #c6501dc1
 def open_imagenette(
     split: str,  # train, val or test (the published val)
     size: int,  # px
@@ -227,7 +222,7 @@ def open_imagenette(
         fetch("imagenette", lambda download: datasets.Imagenette(data_root(root), "train", edition, download=download), download)
     return open_folder(split, size, folder, "imagenette", **options)
 
-# %% ../nbs/03f_folders.ipynb #dffd9860
+# %% ../nbs/03f_folders.ipynb #3370a7cd
 def pet_mask(
     folder: Path,  # oxford-iiit-pet
 ) -> Callable:  # from (file, size, crop) to a uint8 mask 1 h w
@@ -238,7 +233,7 @@ def pet_mask(
         return (to_tensor(square(animal, size, crop)) >= 128).to(torch.uint8)
     return mask
 
-# %% ../nbs/03f_folders.ipynb #f189677e
+# %% ../nbs/03f_folders.ipynb #4c52f615
 def open_oxford_pets(
     split: str,  # train, val (both from the published trainval) or test
     size: int,  # px
@@ -255,7 +250,7 @@ def open_oxford_pets(
     table = table if split == "test" else cut(table, split)
     return finish("oxford_pets", split, size, table, tuple(pets.classes), folder, mask=pet_mask(folder), **options)
 
-# %% ../nbs/03f_folders.ipynb #ce2beb88
+# %% ../nbs/03f_folders.ipynb #415ee894
 def open_cifar10(
     split: str,  # train, val (both from the 50,000) or test
     size: int,  # px; the originals have 32

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PatchPlan', 'draw_ratio', 'draw_grid', 'draw_patches', 'PatchMixing', 'MixingSwitch']
 
-# %% ../nbs/06_mixing.ipynb #26153986
+# %% ../nbs/06_mixing.ipynb #02e0e85a
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .core import InputError, choose
 from .pairs import BlendPlan, BoxPlan, OwnGenerator, draw_beta, draw_blend, draw_cut, draw_partners, mix_labels, soft_labels
 from .patches import choose_patches, gather_patches, patch_sides
 
-# %% ../nbs/06_mixing.ipynb #c5f491ab
+# %% ../nbs/06_mixing.ipynb #c68d6453
 class PatchPlan(NamedTuple):
     "Patches that are replaced in one batch: eq. of the Patch Mixing project page."
 
@@ -32,7 +32,7 @@ class PatchPlan(NamedTuple):
         source = torch.where(self.mask, self.partner[:, None], own)
         return gather_patches(x, source, torch.arange(source.shape[1], device=source.device)[None], self.grid)
 
-# %% ../nbs/06_mixing.ipynb #937c61d2
+# %% ../nbs/06_mixing.ipynb #05b0ca4f
 def _law(ratio):
     match ratio:
         case int() | float() if 0 <= ratio <= 1:
@@ -43,7 +43,7 @@ def _law(ratio):
             return "uniform", low, high
     raise InputError(f"ratio {ratio!r} is not a valid ratio. Give a number in [0, 1], a pair low <= high in [0, 1], or ('beta', a) with a > 0.")
 
-# %% ../nbs/06_mixing.ipynb #fb6f37de
+# %% ../nbs/06_mixing.ipynb #e2a95794
 def draw_ratio(
     ratio: float | tuple,  # (low, high): uniform; a number: fixed; ("beta", a): Beta(a, a)
     b: int,  # number of draws
@@ -55,7 +55,7 @@ def draw_ratio(
         return draw_beta(low, b, generator)
     return low + (high - low) * torch.rand(b, generator=generator, dtype=torch.float64, device=generator.device)
 
-# %% ../nbs/06_mixing.ipynb #b8bd7408
+# %% ../nbs/06_mixing.ipynb #5030d984
 def _mix(mixer, x, y, generator):
     soft = soft_labels(y, mixer.num_classes)
     if x.ndim != 4 or len(x) != len(soft):
@@ -65,31 +65,31 @@ def _mix(mixer, x, y, generator):
     plan = mixer.draw(x.shape, mixer._own() if generator is None else generator)
     return plan.apply(x), mix_labels(soft, plan.partner, plan.weight, mixer.label_smoothing)
 
-# %% ../nbs/06_mixing.ipynb #a0827efb
+# %% ../nbs/06_mixing.ipynb #29c99b7e
 def _fraction(**values):
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise InputError(f"{name} {value!r} is outside [0, 1]. Give a number from 0 to 1.")
 
-# %% ../nbs/06_mixing.ipynb #0360e2bc
+# %% ../nbs/06_mixing.ipynb #d611ebd4
 def _check_classes(num_classes):
     if type(num_classes) is not int or num_classes < 2:
         raise InputError(f"num_classes {num_classes!r} is no number of classes. Give a whole number from 2 on.")
 
-# %% ../nbs/06_mixing.ipynb #5eb8b6d5
+# %% ../nbs/06_mixing.ipynb #d288aa16
 def _grids(grid):
     grids = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
     if not grids or not all(type(g) is int and g >= 1 for g in grids):
         raise InputError(f"grid {grid!r} is no number of patches per side. Give a whole number from 1 on, or a tuple of them.")
     return grids
 
-# %% ../nbs/06_mixing.ipynb #2ab7acd8
+# %% ../nbs/06_mixing.ipynb #3faba22f
 def _dividing(grid, h, w):
     for g in _grids(grid):
         patch_sides(h, w, g)
     return _grids(grid)
 
-# %% ../nbs/06_mixing.ipynb #e603361d
+# %% ../nbs/06_mixing.ipynb #ef09a415
 def draw_grid(
     grid: int | tuple[int, ...],  # patches per side, or several to choose from
     h: int,  # image height, px
@@ -100,7 +100,7 @@ def draw_grid(
     grids = _dividing(grid, h, w)
     return grids[int(torch.randint(len(grids), (), generator=generator, device=generator.device))]
 
-# %% ../nbs/06_mixing.ipynb #370ea54b
+# %% ../nbs/06_mixing.ipynb #09236d0d
 def draw_patches(
     shape: tuple[int, int, int, int],  # b c h w of the batch
     generator: Generator,  # source of the draws
@@ -120,7 +120,7 @@ def draw_patches(
     partner = partner if donor == "permute" else torch.arange(b, device=generator.device).flip(0)
     return PatchPlan(partner, (count / (g * g)).expand(b), mask.expand(b, -1), (g, g))
 
-# %% ../nbs/06_mixing.ipynb #fe098504
+# %% ../nbs/06_mixing.ipynb #3364282e
 @dataclass(eq=False)
 class PatchMixing:
     "Patch Mixing as a batch augmentation: `mix(x, y, generator=None) -> (mixed x, soft y b k)`."
@@ -155,24 +155,25 @@ class PatchMixing:
     ) -> tuple[Tensor, Tensor]:  # mixed images b c h w, labels float32 b k
         return _mix(self, x, y, generator)
 
-# %% ../nbs/06_mixing.ipynb #09e6deb8
+# %% ../nbs/06_mixing.ipynb #e55f6281
 def _check_alphas(**alphas):
     for name, alpha in alphas.items():
         if not (isfinite(alpha) and alpha > 0):
             raise InputError(f"{name} {alpha} is no Beta parameter. Give a number above 0; to leave one out, set its entry of weights to 0.")
 
-# %% ../nbs/06_mixing.ipynb #d1331903
+# %% ../nbs/06_mixing.ipynb #b0f5f852
 def _check_weights(weights):
     if len(weights) != 3 or not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
         raise InputError(f"weights {tuple(weights)} are no shares of Mixup, CutMix and Patch Mixing. Give three numbers >= 0, not all 0.")
 
-# %% ../nbs/06_mixing.ipynb #cd0d467f
+# %% ../nbs/06_mixing.ipynb #d2e70f0a
 def _check_patchmix(patchmix, num_classes, label_smoothing):
+    _check_classes(num_classes)
     for name, ours in (("num_classes", num_classes), ("label_smoothing", label_smoothing)):
         if getattr(patchmix, name) != ours:
             raise InputError(f"patchmix has {name} {getattr(patchmix, name)}, the switch has {ours}. Give both the same.")
 
-# %% ../nbs/06_mixing.ipynb #932b8e24
+# %% ../nbs/06_mixing.ipynb #419adac3
 @dataclass(eq=False)
 class MixingSwitch:
     "Mixup, CutMix or Patch Mixing, drawn per batch: a drop-in for `timm.data.Mixup`."
@@ -187,7 +188,6 @@ class MixingSwitch:
     mixup_enabled: bool = field(default=True, init=False, repr=False)  # False: labels are only smoothed
 
     def __post_init__(self):
-        _check_classes(self.num_classes)
         _check_alphas(mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha)
         _fraction(label_smoothing=self.label_smoothing)
         _check_weights(self.weights)

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_SIZE', 'STAGES', 'TOKENS', 'MODELS', 'BUILDERS', 'PRETRAINED', 'create_model', 'plain_attention', 'batches_of',
            'predict']
 
-# %% ../nbs/10_models.ipynb #d1a78a69
+# %% ../nbs/10_models.ipynb #f9e0eda5
 import timm
 import torch
 import torch.nn as nn
@@ -22,10 +22,10 @@ from .core import InputError, choose
 from .data import normalize
 from .remixer import SharedConv2d
 
-# %% ../nbs/10_models.ipynb #bb801a3b
+# %% ../nbs/10_models.ipynb #bfc7cdd9
 IMAGE_SIZE = {"mini": 56, "small": 112, "paper": 224}  # scale -> image side in pixels
 
-# %% ../nbs/10_models.ipynb #5a8926a3
+# %% ../nbs/10_models.ipynb #e45407ce
 STAGES = {  # (width of the first stage, blocks of the four stages)
     "convnext": {"mini": (16, (1, 1, 3, 1)), "small": (40, (2, 2, 4, 2)), "paper": (96, (3, 3, 9, 3))},
     "convnext_s": {"mini": (16, (1, 1, 6, 1)), "small": (40, (2, 2, 8, 2)), "paper": (96, (3, 3, 27, 3))},
@@ -33,7 +33,7 @@ STAGES = {  # (width of the first stage, blocks of the four stages)
     "swin_s": {"mini": (16, (2, 2, 4, 2)), "small": (40, (2, 2, 8, 2)), "paper": (96, (2, 2, 18, 2))},
 }
 
-# %% ../nbs/10_models.ipynb #149b8e3d
+# %% ../nbs/10_models.ipynb #80d41aa6
 TOKENS = {  # (width, blocks, heads); heads count for DeiT and ConViT only
     "deit": {"mini": (64, 6, 2), "small": (192, 8, 3), "paper": (384, 12, 6)},
     "deit_b": {"mini": (96, 6, 3), "small": (240, 8, 4), "paper": (768, 12, 12)},
@@ -43,37 +43,37 @@ TOKENS = {  # (width, blocks, heads); heads count for DeiT and ConViT only
     "convmixer_full": {"mini": (192, 6, 0), "small": (384, 8, 0), "paper": (512, 8, 0)},
 }
 
-# %% ../nbs/10_models.ipynb #63305f14
+# %% ../nbs/10_models.ipynb #7ec41f7f
 MODELS = (*STAGES, *TOKENS)
 
-# %% ../nbs/10_models.ipynb #4778cf80
+# %% ../nbs/10_models.ipynb #6fbb42ad
 def _convnext(name, scale, **kw):
     width, blocks = STAGES[name][scale]
     return ConvNeXt(depths=blocks, dims=[width * 2**i for i in range(4)], patch_size=IMAGE_SIZE[scale] // 56, **kw)
 
-# %% ../nbs/10_models.ipynb #3cc7ba05
+# %% ../nbs/10_models.ipynb #a06acb7b
 def _swin(name, scale, **kw):
     width, blocks = STAGES[name][scale]
     heads = [max(1, width // 32) * 2**i for i in range(4)]
     return SwinTransformer(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 56, embed_dim=width, depths=blocks, num_heads=heads, **kw)
 
-# %% ../nbs/10_models.ipynb #95ae0e35
+# %% ../nbs/10_models.ipynb #cd394ad1
 def _deit(name, scale, **kw):
     width, blocks, heads = TOKENS[name][scale]
     return VisionTransformer(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width, depth=blocks, num_heads=heads, **kw)
 
-# %% ../nbs/10_models.ipynb #0f2ac2a6
+# %% ../nbs/10_models.ipynb #5b0c3873
 def _convit(name, scale, **kw):
     width, blocks, heads = TOKENS[name][scale]
     return ConVit(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width // heads, depth=blocks, num_heads=heads,
                   local_up_to_layer=round(blocks * 10 / 12), **kw)
 
-# %% ../nbs/10_models.ipynb #9166e2c0
+# %% ../nbs/10_models.ipynb #b16a0460
 def _mixer(name, scale, **kw):
     width, blocks, _ = TOKENS[name][scale]
     return MlpMixer(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width, num_blocks=blocks, **kw)
 
-# %% ../nbs/10_models.ipynb #08715f92
+# %% ../nbs/10_models.ipynb #6f607a0b
 def _convmixer(name, scale, drop_path_rate=0.0, **kw):
     if drop_path_rate:
         raise InputError(f"drop_path {drop_path_rate} for {name}: timm's ConvMixer has no drop path. Allowed: 0.")
@@ -84,23 +84,23 @@ def _convmixer(name, scale, drop_path_rate=0.0, **kw):
             block[0].fn[0] = SharedConv2d(9)
     return model
 
-# %% ../nbs/10_models.ipynb #a9a5e8a5
+# %% ../nbs/10_models.ipynb #7435a1f0
 BUILDERS = {"convnext": _convnext, "swin": _swin, "deit": _deit, "convit": _convit, "mixer": _mixer, "convmixer": _convmixer}
 
-# %% ../nbs/10_models.ipynb #b4aa4882
+# %% ../nbs/10_models.ipynb #b77a8149
 PRETRAINED = {
     "convnext": "convnext_tiny.fb_in1k", "convnext_s": "convnext_small.fb_in1k",
     "swin": "swin_tiny_patch4_window7_224.ms_in1k", "swin_s": "swin_small_patch4_window7_224.ms_in1k",
     "deit": "deit_small_patch16_224.fb_in1k", "deit_b": "deit_base_patch16_224.fb_in1k",
 }
 
-# %% ../nbs/10_models.ipynb #93604188
+# %% ../nbs/10_models.ipynb #9312f14b
 def _published(name, scale, num_classes, drop_path, kw):
     if scale != "paper" or name not in PRETRAINED:
         raise InputError(f"no published weights for {name!r} at scale {scale!r}. Allowed with pretrained=True: scale 'paper' and {', '.join(PRETRAINED)}.")
     return timm.create_model(PRETRAINED[name], pretrained=True, num_classes=num_classes, drop_path_rate=drop_path, **kw)
 
-# %% ../nbs/10_models.ipynb #e622c391
+# %% ../nbs/10_models.ipynb #8a1d414b
 def create_model(
     name: str,  # one of MODELS
     scale: str = "mini",  # "mini" (56 px), "small" (112 px) or "paper" (224 px)
@@ -120,7 +120,7 @@ def create_model(
     family = name.removesuffix("_s").removesuffix("_b").removesuffix("_full")
     return BUILDERS[family](name, scale, num_classes=num_classes, drop_path_rate=drop_path, **kw)
 
-# %% ../nbs/10_models.ipynb #e1a6c3d3
+# %% ../nbs/10_models.ipynb #125bcd58
 def plain_attention(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same module
@@ -130,7 +130,7 @@ def plain_attention(
             layer.fused_attn = False
     return model
 
-# %% ../nbs/10_models.ipynb #f91255b7
+# %% ../nbs/10_models.ipynb #1505d042
 def batches_of(
     dataset,  # a data set of `create_dataset`
     ids: torch.Tensor,  # int64 indices into it
@@ -143,7 +143,7 @@ def batches_of(
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, ids.tolist()), batch_size, num_workers=workers)
     return ((part, images) for images, _, part in loader)
 
-# %% ../nbs/10_models.ipynb #0bdb8f26
+# %% ../nbs/10_models.ipynb #546f07a3
 def predict(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     dataset,  # a data set of `create_dataset`
@@ -153,7 +153,7 @@ def predict(
     dtype: torch.dtype | None = None,  # autocast to this type; None means float32
     workers: int = 0,  # decoding processes for streamed sets
     progress: bool = False,  # show a bar
-) -> torch.Tensor:  # float32 logits, one row an id, in the order of ids
+) -> torch.Tensor:  # float32 logits, one row per id, in the order of ids
     "Logits of the named samples, without gradient and without augmentation."
     ids = torch.arange(len(dataset)) if ids is None else ids
     was_training, rows, seen = model.training, [], []
@@ -165,5 +165,5 @@ def predict(
         seen.append(part)
     model.train(was_training)
     if not torch.equal(torch.cat(seen), ids) or sum(map(len, rows)) != len(ids):
-        raise InputError(f"{sum(map(len, rows))} rows of logits for {len(ids)} samples. The model has to return one row an image.")
+        raise InputError(f"{sum(map(len, rows))} rows of logits for {len(ids)} samples. The model has to return one row per image.")
     return torch.cat(rows)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['State', 'build', 'dtype_of', 'how', 'tensors_of', 'save_checkpoint', 'checkpoints', 'refuse_other', 'load_checkpoint']
 
-# %% ../nbs/10c_state.ipynb #4805872b
+# %% ../nbs/10c_state.ipynb #7f9214b3
 import dataclasses
 import json
 import shutil
@@ -25,7 +25,7 @@ from .config import TrainConfig, identity
 from .core import CheckpointError, NonFiniteError, atomic_folder, keyed_seed
 from .models import create_model, plain_attention
 
-# %% ../nbs/10c_state.ipynb #5c680e6b
+# %% ../nbs/10c_state.ipynb #0e4ea5ae
 @dataclass
 class State:
     "Everything that changes while a run goes on."
@@ -38,7 +38,7 @@ class State:
     seconds: float = 0.0  # spent on them, over all starts
     history: list = dataclasses.field(default_factory=list)  # one row per epoch
 
-# %% ../nbs/10c_state.ipynb #ee015f81
+# %% ../nbs/10c_state.ipynb #e5471935
 def build(
     config: TrainConfig,  # complete
     num_classes: int,  # k
@@ -62,7 +62,7 @@ def build(
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     return State(accelerator.prepare(model), ema, optimizer, schedule)
 
-# %% ../nbs/10c_state.ipynb #1c907915
+# %% ../nbs/10c_state.ipynb #52f0370e
 def dtype_of(
     config: TrainConfig,  # complete
     device: str | torch.device,  # where the model lies
@@ -71,7 +71,7 @@ def dtype_of(
     able = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if config.precision == "bfloat16" or (config.precision == "auto" and able) else None
 
-# %% ../nbs/10c_state.ipynb #c82e7578
+# %% ../nbs/10c_state.ipynb #96b74c64
 def how(
     config: TrainConfig,  # complete
     device: torch.device,  # where the model lies
@@ -82,7 +82,7 @@ def how(
     return {"device": name, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
             "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1}
 
-# %% ../nbs/10c_state.ipynb #d747942a
+# %% ../nbs/10c_state.ipynb #5f749317
 def tensors_of(
     state: State,  # a run
 ) -> dict[str, torch.Tensor]:  # "model.…", "ema.…", "optimizer.<i>.…"
@@ -94,7 +94,7 @@ def tensors_of(
         named |= {f"optimizer.{i}.{k}": v for k, v in slots.items()}
     return named
 
-# %% ../nbs/10c_state.ipynb #279c18a4
+# %% ../nbs/10c_state.ipynb #f8caff11
 def save_checkpoint(
     state: State,  # a run
     config: TrainConfig,  # its configuration
@@ -119,14 +119,14 @@ def save_checkpoint(
         shutil.rmtree(old)
     return target
 
-# %% ../nbs/10c_state.ipynb #7c8cc07e
+# %% ../nbs/10c_state.ipynb #c079b214
 def checkpoints(
     folder: str | Path,  # a run's folder
 ) -> list[Path]:  # oldest first
     "The whole checkpoints of a run."
     return sorted(p for p in Path(folder).glob("checkpoints/step-*") if p.is_dir())
 
-# %% ../nbs/10c_state.ipynb #42f2f249
+# %% ../nbs/10c_state.ipynb #8322885c
 def refuse_other(
     config: TrainConfig,  # asked for
     other: dict,  # `identity` of the run that is there
@@ -138,7 +138,7 @@ def refuse_other(
     if fields:
         raise CheckpointError(f"{place} holds a run of another configuration ({'; '.join(fields)}). Choose another `out`, or give the same values.")
 
-# %% ../nbs/10c_state.ipynb #bdc43108
+# %% ../nbs/10c_state.ipynb #21fc8643
 def load_checkpoint(
     state: State,  # a run at step 0, changed in place
     config: TrainConfig,  # its configuration
@@ -166,7 +166,7 @@ def load_checkpoint(
         setattr(state, name, meta[name])
     return state
 
-# %% ../nbs/10c_state.ipynb #36d61734
+# %% ../nbs/10c_state.ipynb #675fdc52
 def _restore_optimizer(optimizer, tensors):
     "Give the optimizer empty slots for the named tensors, shaped and laid out like its parameters."
     params = [p for group in optimizer.param_groups for p in group["params"]]

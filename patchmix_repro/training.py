@@ -6,7 +6,7 @@
 __all__ = ['train_step', 'validate', 'run_epoch', 'Run', 'alone', 'own_generators', 'accelerator_for', 'train', 'enter',
            'export_model', 'write_model', 'load_model', 'launch']
 
-# %% ../nbs/11_training.ipynb #5701bd95
+# %% ../nbs/11_training.ipynb #bc6da089
 import json
 import math
 import random
@@ -34,7 +34,7 @@ from .data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
 from .models import IMAGE_SIZE, create_model, predict
 from .state import State, build, checkpoints, dtype_of, load_checkpoint, refuse_other, save_checkpoint
 
-# %% ../nbs/11_training.ipynb #9672b3af
+# %% ../nbs/11_training.ipynb #4c606777
 def _refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
     "Stop before the optimizer's step when the loss, a gradient or a weight is not finite."
     weight_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
@@ -44,7 +44,7 @@ def _refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
         raise NonFiniteError(f"{bad} at step {step}, learning rate {lr:.3g}, samples {ids.tolist()}. "
                              "The last checkpoint is kept; lower lr, set clip_grad, or look at these samples.")
 
-# %% ../nbs/11_training.ipynb #b01ce593
+# %% ../nbs/11_training.ipynb #33c356b1
 def train_step(
     state: State,  # changed in place
     batch: tuple,  # ids b, normalised x b 3 h w, labels b: of all processes
@@ -74,7 +74,7 @@ def train_step(
         state.ema.update(accelerator.unwrap_model(state.model), step=state.step)
     return float(loss.detach())
 
-# %% ../nbs/11_training.ipynb #7c5847fb
+# %% ../nbs/11_training.ipynb #0a053efa
 def validate(
     state: State,  # a run
     dataset,  # the validation split
@@ -95,7 +95,7 @@ def validate(
         raise NonFiniteError(f"validation loss is not finite after step {state.step}. The last checkpoint is kept; lower lr or set clip_grad.")
     return {"val_loss": sum(losses) / len(rows), "val_accuracy": sum(right) / len(rows)}
 
-# %% ../nbs/11_training.ipynb #ce8d3e57
+# %% ../nbs/11_training.ipynb #c8ca6ff0
 def run_epoch(
     state: State,  # changed in place
     data: dict,  # "train" and "val" data sets
@@ -116,10 +116,10 @@ def run_epoch(
             x, y = accelerator.gather(x), accelerator.gather(y)
         loss = train_step(state, (ids, x, y), mix, config, accelerator)
         state.loss_sum += loss
+        state.seconds = before + time.perf_counter() - began
         bar.update(), bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.2f}", refresh=False)
         if config.max_steps and state.step >= config.max_steps:
             break
-        state.seconds = before + time.perf_counter() - began
         inside = config.checkpoint_every and state.step % config.checkpoint_every == 0 and state.step % steps_per_epoch
         if inside and accelerator.is_main_process:
             save_checkpoint(state, config, folder)
@@ -129,7 +129,7 @@ def run_epoch(
     state.history.append(row | validate(state, data["val"], config, accelerator))
     state.loss_sum = state.seconds = 0.0
 
-# %% ../nbs/11_training.ipynb #1eacd123
+# %% ../nbs/11_training.ipynb #41b02ebc
 @dataclass(frozen=True)
 class Run:
     "A finished training."
@@ -137,7 +137,7 @@ class Run:
     folder: Path  # model.safetensors, model.json, checkpoints/, records/
     history: pd.DataFrame  # epoch, step, lr, train_loss, seconds (of training), val_loss, val_accuracy
 
-# %% ../nbs/11_training.ipynb #85cea9f1
+# %% ../nbs/11_training.ipynb #f2f65fce
 @contextmanager
 def alone(
     folder: Path,  # the run's
@@ -158,7 +158,7 @@ def alone(
     finally:
         lock.release()
 
-# %% ../nbs/11_training.ipynb #0709326e
+# %% ../nbs/11_training.ipynb #a0ec6a6c
 @contextmanager
 def own_generators(
     device: torch.device,  # the run's
@@ -169,7 +169,7 @@ def own_generators(
         yield
     random.setstate(python), np.random.set_state(numpy)
 
-# %% ../nbs/11_training.ipynb #538ec8c8
+# %% ../nbs/11_training.ipynb #7916c3e9
 def accelerator_for(
     config: TrainConfig,  # complete
 ) -> Accelerator:
@@ -183,7 +183,7 @@ def accelerator_for(
         raise InputError(remedy)
     return accelerator
 
-# %% ../nbs/11_training.ipynb #37fc6a23
+# %% ../nbs/11_training.ipynb #fb1b0c69
 def train(
     config: TrainConfig,  # from `train_config`
     progress: bool = True,  # show a bar
@@ -208,7 +208,7 @@ def train(
         accelerator.wait_for_everyone()
     return Run(config, folder, pd.DataFrame(state.history))
 
-# %% ../nbs/11_training.ipynb #e8fdfcf8
+# %% ../nbs/11_training.ipynb #6c8b56b8
 def _note(path):
     try:
         there = json.loads(path.read_text())
@@ -216,7 +216,7 @@ def _note(path):
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path.name} in {path.parent.name!r} is not of a run of this library. Choose another `out`.") from error
 
-# %% ../nbs/11_training.ipynb #020f9d99
+# %% ../nbs/11_training.ipynb #992b3064
 def enter(
     config: TrainConfig,  # complete
     manifests: dict[str, str],  # split -> hash of its manifest
@@ -240,13 +240,13 @@ def enter(
     for half in folder.glob("checkpoints/.*.tmp") if accelerator.is_main_process else ():
         shutil.rmtree(half)
 
-# %% ../nbs/11_training.ipynb #7619e578
+# %% ../nbs/11_training.ipynb #2622d2bb
 def _latest(state, config, folder):
     "The state of the newest checkpoint, or as it is when there is none."
     found = checkpoints(folder)
     return load_checkpoint(state, config, found[-1]) if found else state
 
-# %% ../nbs/11_training.ipynb #e3ec1a17
+# %% ../nbs/11_training.ipynb #90475879
 def export_model(
     state: State,  # a finished run
     config: TrainConfig,  # its configuration
@@ -260,7 +260,7 @@ def export_model(
             "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data_manifest": dataset.manifest_hash, "steps": state.step}
     return write_model(model, card, folder, dtype)
 
-# %% ../nbs/11_training.ipynb #c00f3cc1
+# %% ../nbs/11_training.ipynb #a1060058
 def write_model(
     model: nn.Module,  # the weights to write
     card: dict,  # what is known of them; JSON
@@ -272,14 +272,14 @@ def write_model(
     atomic_write(Path(folder) / "model.safetensors", save(cast))
     return atomic_write(Path(folder) / "model.json", json.dumps(card, indent=1))
 
-# %% ../nbs/11_training.ipynb #8b3b0dce
+# %% ../nbs/11_training.ipynb #0282b69b
 def _known(card, folder):
     missing = {"config", "classes", "size", "run_id"} - set(card)
     if missing:
         raise CheckpointError(f"model.json in {folder.name!r} lacks {', '.join(sorted(missing))}. Give a folder that `train` or `publish_checkpoint` wrote.")
     return card["config"]
 
-# %% ../nbs/11_training.ipynb #f7deee4c
+# %% ../nbs/11_training.ipynb #7880b6dc
 def load_model(
     folder: str | Path,  # a run's folder, or one of results/checkpoints
 ) -> tuple[nn.Module, dict]:  # the network in eval mode, and its card (model.json)
@@ -298,7 +298,7 @@ def load_model(
         raise CheckpointError(f"the weights in {folder.name!r} are not those of its model.json ({config['model']}). Restore both from one run.") from error
     return model.eval(), card
 
-# %% ../nbs/11_training.ipynb #c9b0f711
+# %% ../nbs/11_training.ipynb #5bab6dcb
 def launch(
     config: TrainConfig,  # complete; `processes` GPUs are used
 ) -> Run:
