@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ReproError', 'InputError', 'DataError', 'CheckpointError', 'StoreError', 'NonFiniteError', 'expect_error', 'choose',
            'atomic_write', 'atomic_folder', 'sha256_file', 'stable_hash', 'keyed_seed', 'keyed_generator', 'unpack_zip',
-           'project_root']
+           'project_root', 'keep_memory']
 
-# %% ../nbs/00_core.ipynb #b28db056
+# %% ../nbs/00_core.ipynb #ff125239
 import difflib
+import ctypes
 import hashlib
 import json
 import os
@@ -21,31 +22,31 @@ from pathlib import Path
 
 import torch
 
-# %% ../nbs/00_core.ipynb #bcbc3cd9
+# %% ../nbs/00_core.ipynb #35f1c6db
 class ReproError(Exception):
     "Root of all errors of this library."
 
-# %% ../nbs/00_core.ipynb #8469e6aa
+# %% ../nbs/00_core.ipynb #0e9919d0
 class InputError(ReproError, ValueError):
     "An argument, parameter or label is impossible."
 
-# %% ../nbs/00_core.ipynb #5b55b969
+# %% ../nbs/00_core.ipynb #f22256c6
 class DataError(ReproError, OSError):
     "A data file is missing, unreadable or not the file the manifest names."
 
-# %% ../nbs/00_core.ipynb #9d5ccaaa
+# %% ../nbs/00_core.ipynb #44938681
 class CheckpointError(ReproError, OSError):
     "A checkpoint is missing, torn or belongs to another configuration."
 
-# %% ../nbs/00_core.ipynb #b4afb12f
+# %% ../nbs/00_core.ipynb #55fedbeb
 class StoreError(ReproError, OSError):
     "A record is torn, foreign or cannot be written."
 
-# %% ../nbs/00_core.ipynb #73ce0435
+# %% ../nbs/00_core.ipynb #fec63e34
 class NonFiniteError(ReproError, ArithmeticError):
     "A loss, gradient or weight is NaN or infinite."
 
-# %% ../nbs/00_core.ipynb #167016fd
+# %% ../nbs/00_core.ipynb #6b67331b
 @contextmanager
 def expect_error(
     kind: type[Exception] = ReproError,  # the error the block has to raise
@@ -62,7 +63,7 @@ def expect_error(
     else:
         raise AssertionError(f"no {kind.__name__} was raised")
 
-# %% ../nbs/00_core.ipynb #be6f8a79
+# %% ../nbs/00_core.ipynb #1c7729cb
 def choose(
     what: str,  # what is chosen, as it reads in the message: "model"
     given,  # the name that was given
@@ -78,10 +79,10 @@ def choose(
     listed = ", ".join(map(str, list(allowed)[:24])) + (f" and {len(allowed) - 24} more" if len(allowed) > 24 else "")
     raise InputError(f"unknown {what} {given!r}{hint} Allowed: {listed}.")
 
-# %% ../nbs/00_core.ipynb #6d8d815b
+# %% ../nbs/00_core.ipynb #6b90d0a5
 os.umask(_UMASK := os.umask(0o022))  # what others may read; it can only be asked by setting it
 
-# %% ../nbs/00_core.ipynb #46b09b5b
+# %% ../nbs/00_core.ipynb #3e642ba4
 def atomic_write(
     path: str | Path,  # where the file belongs; its folder is made
     content: bytes | str,  # the whole content; str is written as UTF-8
@@ -104,7 +105,7 @@ def atomic_write(
         raise StoreError(f"cannot write {path.name} in {path.parent}: {error.strerror}. Free some space or choose a writable folder.") from error
     return path
 
-# %% ../nbs/00_core.ipynb #287fc0f9
+# %% ../nbs/00_core.ipynb #4060267c
 @contextmanager
 def atomic_folder(
     path: str | Path,  # where the folder belongs; must not exist yet
@@ -127,7 +128,7 @@ def atomic_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #f3680107
+# %% ../nbs/00_core.ipynb #98b943e9
 def sha256_file(
     path: str | Path,  # an existing file
 ) -> str:  # 64 hex digits
@@ -135,7 +136,7 @@ def sha256_file(
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #925538da
+# %% ../nbs/00_core.ipynb #6c13eca2
 def stable_hash(
     value,  # anything JSON can hold
     length: int = 64,  # hex digits to keep
@@ -144,7 +145,7 @@ def stable_hash(
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
-# %% ../nbs/00_core.ipynb #ab42a947
+# %% ../nbs/00_core.ipynb #88f445fb
 def keyed_seed(
     seed: int,  # the run's seed
     *purpose: str | int,  # what the draw is for: "crop", epoch, step ...
@@ -153,7 +154,7 @@ def keyed_seed(
     key = json.dumps([int(seed), *[p if isinstance(p, str) else int(p) for p in purpose]])
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/00_core.ipynb #c72711f5
+# %% ../nbs/00_core.ipynb #31489603
 def keyed_generator(
     seed: int,  # the run's seed
     *purpose: str | int,  # what the draw is for: "crop", epoch, step ...
@@ -161,7 +162,7 @@ def keyed_generator(
     "A fresh generator that depends on nothing but `seed` and `purpose`."
     return torch.Generator().manual_seed(keyed_seed(seed, *purpose))
 
-# %% ../nbs/00_core.ipynb #acbc8939
+# %% ../nbs/00_core.ipynb #fc3bcd61
 def unpack_zip(
     archive: str | Path,  # a zip file
     folder: str | Path,  # where its members go; appears whole or not at all
@@ -178,7 +179,7 @@ def unpack_zip(
         raise DataError(f"{Path(archive).name} is not a whole zip file ({error}). Fetch it again.") from error
     return folder
 
-# %% ../nbs/00_core.ipynb #8cea0e00
+# %% ../nbs/00_core.ipynb #de63be91
 def project_root() -> Path:  # a folder with settings.ini, or the current folder
     "The project's folder, seen from the working folder or from this file."
     here = Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
@@ -187,3 +188,13 @@ def project_root() -> Path:  # a folder with settings.ini, or the current folder
             if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir() and (folder / "patchmix_repro").is_dir():
                 return folder
     return Path.cwd()
+
+# %% ../nbs/00_core.ipynb #ac6707e9
+def keep_memory() -> bool:  # False where the C library has no such switch
+    "Let this process keep the memory it frees: no mmap for large blocks, no trimming (mallopt(3) of glibc)."
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # the names' values in malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))

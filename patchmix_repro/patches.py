@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['grid_sides', 'patch_sides', 'choose_patches', 'replace_patches', 'drop_patches', 'gather_patches', 'permute_patches']
 
-# %% ../nbs/01_patches.ipynb #15d1f1d2
+# %% ../nbs/01_patches.ipynb #194aa39a
 from functools import partial
 from math import isqrt
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from .core import InputError
 
-# %% ../nbs/01_patches.ipynb #d87ee8bc
+# %% ../nbs/01_patches.ipynb #0382162a
 def grid_sides(
     n: int | None = None,  # number of patches the grid must have; None: any
     grid: int | tuple[int, int] | None = None,  # g, or (gh, gw); None: the square grid of n patches
@@ -28,7 +29,7 @@ def grid_sides(
         raise InputError(f"{n} patches do not fill a {gh} x {gw} grid. Give {gh * gw} patches, or name the grid as (gh, gw).")
     return gh, gw
 
-# %% ../nbs/01_patches.ipynb #3c82730c
+# %% ../nbs/01_patches.ipynb #93e9f882
 def patch_sides(
     h: int,  # image height, px
     w: int,  # image width, px
@@ -41,7 +42,7 @@ def patch_sides(
         raise InputError(f"grid {gh} x {gw} does not divide a {h} x {w} image. Resize the image to {near[0]} x {near[1]}, or choose a grid that divides it.")
     return h // gh, w // gw
 
-# %% ../nbs/01_patches.ipynb #069fcb70
+# %% ../nbs/01_patches.ipynb #96b49d60
 def choose_patches(
     b: int,  # number of images
     n: int,  # patches an image
@@ -57,29 +58,29 @@ def choose_patches(
     draws = torch.rand(b, n, generator=generator, device=generator.device)
     return draws.argsort(dim=1, stable=True) < count.expand(b)[:, None]
 
-# %% ../nbs/01_patches.ipynb #c0b14618
+# %% ../nbs/01_patches.ipynb #64c3908b
 def _split(x, grid):
     ph, pw = patch_sides(*x.shape[-2:], grid)
     return rearrange(x, "b c (gh ph) (gw pw) -> b c gh ph gw pw", ph=ph, pw=pw)
 
-# %% ../nbs/01_patches.ipynb #45080e08
+# %% ../nbs/01_patches.ipynb #2827118a
 def _format(x):
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
-# %% ../nbs/01_patches.ipynb #5ef6105c
+# %% ../nbs/01_patches.ipynb #850105ae
 def _merge(patches, like):
     whole = rearrange(patches, "b c gh ph gw pw -> b c (gh ph) (gw pw)")
     return whole.contiguous(memory_format=_format(like))
 
-# %% ../nbs/01_patches.ipynb #41545c2e
+# %% ../nbs/01_patches.ipynb #3742b9c2
 def _bits(x, mask, grid):
     if x.ndim != 4 or mask.ndim != 2 or mask.dtype != torch.bool or len(x) != len(mask):
         raise InputError(f"images {tuple(x.shape)} and a mask {tuple(mask.shape)} of {mask.dtype} do not go together. Give images b c h w and a bool mask b n.")
     gh, gw = grid_sides(mask.shape[1], grid)
     return rearrange(mask.to(x.device), "b (gh gw) -> b 1 gh 1 gw 1", gh=gh, gw=gw)
 
-# %% ../nbs/01_patches.ipynb #b0dbb680
+# %% ../nbs/01_patches.ipynb #17177736
 def replace_patches(
     x: Tensor,  # images b c h w, any type; not changed
     donor: Tensor,  # images of the same shape and type
@@ -92,7 +93,7 @@ def replace_patches(
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
     return _merge(torch.where(bits, _split(donor, grid), _split(x, grid)), x)
 
-# %% ../nbs/01_patches.ipynb #0ecd2b1c
+# %% ../nbs/01_patches.ipynb #f6ca4b6a
 def _colour(fill, x):
     exact = torch.as_tensor(fill, dtype=torch.float64)
     if exact.shape not in ((), (x.shape[1],)):
@@ -102,7 +103,7 @@ def _colour(fill, x):
         raise InputError(f"fill {exact.tolist()} is no {x.dtype} value. Give whole numbers that the image type can hold, or convert the images to float.")
     return colour.to(x.device).view(1, -1, 1, 1, 1, 1)
 
-# %% ../nbs/01_patches.ipynb #b03f6a65
+# %% ../nbs/01_patches.ipynb #d3059c09
 def drop_patches(
     x: Tensor,  # images b c h w, any type; not changed
     mask: Tensor,  # bool b n: True where the patch is dropped
@@ -113,20 +114,27 @@ def drop_patches(
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
     return _merge(torch.where(bits, _colour(fill, x), _split(x, grid)), x)
 
-# %% ../nbs/01_patches.ipynb #fdf5cfbb
+# %% ../nbs/01_patches.ipynb #a2e5f12d
 def _row_index(first, c, h, grid):
     ph, gw = h // grid[0], grid[1]
     count = partial(torch.arange, dtype=first.dtype, device=first.device)
     plane, below = count(c).view(c, 1, 1, 1) * (h * gw), count(ph).view(ph, 1) * gw
     return (rearrange(first, "b (gh gw) -> b 1 gh 1 gw", gw=gw) + plane + below).flatten()  # b c gh ph gw
 
-# %% ../nbs/01_patches.ipynb #54f823cb
+# %% ../nbs/01_patches.ipynb #5690086b
+def _room(like):
+    "Memory for a result like this one; None leaves it to torch: small, on a GPU, or part of a graph."
+    if like.device.type != "cpu" or like.requires_grad or like.nbytes < 2**22:
+        return None
+    return torch.from_numpy(np.empty(like.nbytes, np.uint8)).view(like.dtype).view(like.shape)
+
+# %% ../nbs/01_patches.ipynb #fda2bfb5
 def _inside(what, index, b, limit):
     low, high = (index.min().item(), index.max().item()) if index.numel() else (0, 0)
     if index.ndim != 2 or len(index) not in (1, b) or index.is_floating_point() or low < 0 or high >= max(limit, 1):
         raise InputError(f"{what} is {index.dtype} {tuple(index.shape)}, {low} to {high}. Give whole numbers b n with b = {b}, from 0 to {limit - 1}.")
 
-# %% ../nbs/01_patches.ipynb #7f219460
+# %% ../nbs/01_patches.ipynb #b6c939c0
 def gather_patches(
     x: Tensor,  # images b c h w, any type; not changed
     image: Tensor,  # int b n, or 1 n for all: the image each patch comes from
@@ -144,10 +152,11 @@ def gather_patches(
     first = image.expand(b, -1) * (lines.shape[1] * h * gw) + place // gw * (ph * gw) + place % gw
     short = torch.int32 if x.numel() < 2**31 else torch.int64  # half the traffic of the index
     index = _row_index(first.to(x.device, short), lines.shape[1], h, grid)
-    out = lines.view(-1, lines.shape[-1] // gw).index_select(0, index).view_as(lines)
+    rows = lines.view(-1, lines.shape[-1] // gw)
+    out = torch.index_select(rows, 0, index, out=_room(rows)).view_as(lines)
     return rearrange(out, "b 1 h (w c) -> b c h w", c=c) if last else out
 
-# %% ../nbs/01_patches.ipynb #28d5cd82
+# %% ../nbs/01_patches.ipynb #d33f9690
 def permute_patches(
     x: Tensor,  # images b c h w, any type; not changed
     permutation: Tensor,  # int n, or b n for one per image: each a permutation of 0 ... n - 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_step', 'validate', 'run_epoch', 'Run', 'train', 'enter', 'export_model', 'write_model', 'load_model', 'launch']
 
-# %% ../nbs/11_training.ipynb #277c618c
+# %% ../nbs/11_training.ipynb #8cd53dfb
 import json
 import math
 import shutil
@@ -24,13 +24,13 @@ from tqdm.auto import tqdm
 
 from .batches import epoch_order, options, mixer_for, train_batches
 from .config import TrainConfig, identity, run_folder, run_id
-from .core import CheckpointError, InputError, NonFiniteError, atomic_write, keyed_generator, keyed_seed
+from .core import CheckpointError, InputError, NonFiniteError, atomic_write, keep_memory, keyed_generator, keyed_seed
 from .data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
 from .models import IMAGE_SIZE, create_model, predict
 from .state import (State, accelerator_for, alone, build, checkpoints, dtype_of, load_checkpoint, own_generators,
                                   refuse_other, save_checkpoint)
 
-# %% ../nbs/11_training.ipynb #b3a76b3b
+# %% ../nbs/11_training.ipynb #5e1462e2
 def _refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
     "Stop before the optimizer's step when the loss, a gradient or a weight is not finite."
     weight_norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
@@ -40,7 +40,7 @@ def _refuse_nonfinite(loss, grad_norm, model, step, lr, ids):
         raise NonFiniteError(f"{bad} at step {step}, learning rate {lr:.3g}, samples {ids.tolist()}. "
                              "The last checkpoint is kept; lower lr, set clip_grad, or look at these samples.")
 
-# %% ../nbs/11_training.ipynb #17345281
+# %% ../nbs/11_training.ipynb #0deb21f4
 def train_step(
     state: State,  # changed in place
     batch: tuple,  # ids b, normalised x b 3 h w, labels b: of all processes
@@ -70,7 +70,7 @@ def train_step(
         state.ema.update(accelerator.unwrap_model(state.model), step=state.step)
     return float(loss.detach())
 
-# %% ../nbs/11_training.ipynb #e7b83cba
+# %% ../nbs/11_training.ipynb #8ffba7fb
 def validate(
     state: State,  # a run
     dataset,  # the validation split
@@ -91,7 +91,7 @@ def validate(
         raise NonFiniteError(f"validation loss is not finite after step {state.step}. The last checkpoint is kept; lower lr or set clip_grad.")
     return {"val_loss": sum(losses) / len(rows), "val_accuracy": sum(right) / len(rows)}
 
-# %% ../nbs/11_training.ipynb #c8b76b68
+# %% ../nbs/11_training.ipynb #7e331061
 def run_epoch(
     state: State,  # changed in place
     data: dict,  # "train" and "val" data sets
@@ -125,7 +125,7 @@ def run_epoch(
     state.history.append(row | validate(state, data["val"], config, accelerator))
     state.loss_sum = state.seconds = 0.0
 
-# %% ../nbs/11_training.ipynb #ba4804ed
+# %% ../nbs/11_training.ipynb #1005d6dc
 @dataclass(frozen=True)
 class Run:
     "A finished training."
@@ -133,7 +133,7 @@ class Run:
     folder: Path  # model.safetensors, model.json, checkpoints/, records/
     history: pd.DataFrame  # epoch, step, lr, train_loss, seconds (of training), val_loss, val_accuracy
 
-# %% ../nbs/11_training.ipynb #e8a9ec76
+# %% ../nbs/11_training.ipynb #ed9b8f34
 def train(
     config: TrainConfig,  # from `train_config`
     progress: bool = True,  # show a bar
@@ -143,6 +143,8 @@ def train(
     data = {s: create_dataset(config.data, s, IMAGE_SIZE[config.scale], config.root, **options(config, s)) for s in ("train", "val")}
     order = epoch_order(len(data["train"]), config.batch_size, 0, 0)
     k, steps_per_epoch = data["train"].num_classes, len(order)
+    if accelerator.device.type == "cpu":
+        keep_memory()
     total = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     with alone(folder, accelerator), own_generators(accelerator.device):
         enter(config, {s: d.manifest_hash for s, d in data.items()}, folder, accelerator, len(order[0]))
@@ -158,7 +160,7 @@ def train(
         accelerator.wait_for_everyone()
     return Run(config, folder, pd.DataFrame(state.history))
 
-# %% ../nbs/11_training.ipynb #ec198e74
+# %% ../nbs/11_training.ipynb #e70c2fdf
 def _note(path):
     try:
         there = json.loads(path.read_text())
@@ -166,7 +168,7 @@ def _note(path):
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path.name} in {path.parent.name!r} is not of a run of this library. Choose another `out`.") from error
 
-# %% ../nbs/11_training.ipynb #1ffc608a
+# %% ../nbs/11_training.ipynb #c89bc4b2
 def enter(
     config: TrainConfig,  # complete
     manifests: dict[str, str],  # split -> hash of its manifest
@@ -190,13 +192,13 @@ def enter(
     for half in folder.glob("checkpoints/.*.tmp") if accelerator.is_main_process else ():
         shutil.rmtree(half)
 
-# %% ../nbs/11_training.ipynb #5959ea9d
+# %% ../nbs/11_training.ipynb #88b4fb9c
 def _latest(state, config, folder):
     "The state of the newest checkpoint, or as it is when there is none."
     found = checkpoints(folder)
     return load_checkpoint(state, config, found[-1]) if found else state
 
-# %% ../nbs/11_training.ipynb #18ebac32
+# %% ../nbs/11_training.ipynb #3ae80d06
 def export_model(
     state: State,  # a finished run
     config: TrainConfig,  # its configuration
@@ -210,7 +212,7 @@ def export_model(
             "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "data_manifest": dataset.manifest_hash, "steps": state.step}
     return write_model(model, card, folder, dtype)
 
-# %% ../nbs/11_training.ipynb #414670d4
+# %% ../nbs/11_training.ipynb #01dbb2e2
 def write_model(
     model: nn.Module,  # the weights to write
     card: dict,  # what is known of them; JSON
@@ -222,14 +224,14 @@ def write_model(
     atomic_write(Path(folder) / "model.safetensors", save(cast))
     return atomic_write(Path(folder) / "model.json", json.dumps(card, indent=1))
 
-# %% ../nbs/11_training.ipynb #bbbe9f2e
+# %% ../nbs/11_training.ipynb #3a579330
 def _known(card, folder):
     missing = {"config", "classes", "size", "run_id"} - set(card)
     if missing:
         raise CheckpointError(f"model.json in {folder.name!r} lacks {', '.join(sorted(missing))}. Give a folder that `train` or `publish_checkpoint` wrote.")
     return card["config"]
 
-# %% ../nbs/11_training.ipynb #35cbcb40
+# %% ../nbs/11_training.ipynb #881f42ae
 def load_model(
     folder: str | Path,  # a run's folder, or one of results/checkpoints
 ) -> tuple[nn.Module, dict]:  # the network in eval mode, and its card (model.json)
@@ -248,7 +250,7 @@ def load_model(
         raise CheckpointError(f"the weights in {folder.name!r} are not those of its model.json ({config['model']}). Restore both from one run.") from error
     return model.eval(), card
 
-# %% ../nbs/11_training.ipynb #faed576f
+# %% ../nbs/11_training.ipynb #28af36d6
 def launch(
     config: TrainConfig,  # complete; `processes` GPUs are used
 ) -> Run:

@@ -186,6 +186,25 @@ def test_gradients_reach_only_the_pixels_that_are_read(case):
     assert x.grad.sum() == (~mask).sum() * x[0].numel() / mask.shape[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_large_results_equal_small_ones(dtype, layout):
+    "Above 4 MB the result lies in numpy's memory; it is the same, whole, and its own."
+    x = (255 * torch.rand(30, 3, 224, 224, generator=generator())).to(dtype).contiguous(memory_format=layout)
+    donors, places = torch.arange(30).roll(1)[:, None].expand(30, 49), torch.randperm(49, generator=generator())[None]
+    mixed, kept = gather_patches(x, donors, places, 7), x.clone()
+    parts = [gather_patches(x[[i, i - 1]], torch.ones(1, 49, dtype=torch.int64), places, 7)[:1] for i in range(30)]
+    assert mixed.nbytes >= 2**22 and torch.equal(mixed, torch.cat(parts)) and mixed.is_contiguous(memory_format=layout)
+    mixed.zero_()
+    assert torch.equal(x, kept)
+
+
+def test_gradients_of_large_results():
+    x = torch.rand(30, 3, 224, 224, generator=generator(), requires_grad=True)
+    gather_patches(x, torch.zeros(1, 49, dtype=torch.int64), torch.arange(49)[None], 7).sum().backward()
+    assert torch.equal(x.grad[0], torch.full_like(x[0], 30)) and not x.grad[1:].any()
+
+
 def test_other_strides_are_fine():
     x = torch.rand(4, 16, 3, 16, generator=generator()).permute(0, 2, 3, 1)[::2, :, :, :14][:, :, :14]
     order = torch.randperm(49, generator=generator())
