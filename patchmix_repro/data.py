@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'options_of', 'create_dataset', 'to_float', 'normalize', 'crop_draws',
            'crop_affine', 'augment']
 
-# %% ../nbs/04_data.ipynb #bfa520b5
+# %% ../nbs/04_data.ipynb #22e80c1b
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,15 +19,18 @@ from .caltech import load_caltech9
 from .core import InputError, choose, keyed_generator
 from .files import SPLITS, FileSet, ImageSet
 from .folders import finish, open_cifar10, open_folder, open_imagenet, open_imagenette, open_oxford_pets
+from .occluded import open_nvd, open_rod, open_smd
+from .photographs import load_imagenet_ccby
 from .shapes import load_shapes9
 
-# %% ../nbs/04_data.ipynb #b4515517
+# %% ../nbs/04_data.ipynb #570762ce
 DATASETS = {
     "shapes9": load_shapes9, "caltech9": load_caltech9, "folder": open_folder, "imagenet": open_imagenet,
     "imagenette": open_imagenette, "oxford_pets": open_oxford_pets, "cifar10": open_cifar10,
+    "smd": open_smd, "rod": open_rod, "nvd": open_nvd, "imagenet_ccby": load_imagenet_ccby,
 }
 
-# %% ../nbs/04_data.ipynb #00a4a3f4
+# %% ../nbs/04_data.ipynb #f1422531
 def options_of(
     opener: Callable,  # a value of DATASETS
 ) -> list[str]:
@@ -36,7 +39,7 @@ def options_of(
     more = list(inspect.signature(finish).parameters)[6:-1] if "options" in names else []
     return [name for name in dict.fromkeys(names + more) if name not in ("options", "name")]
 
-# %% ../nbs/04_data.ipynb #1e3ea6ed
+# %% ../nbs/04_data.ipynb #24075a49
 def create_dataset(
     name: str,  # shapes9, caltech9, ...
     split: str,  # train, val or test
@@ -52,18 +55,18 @@ def create_dataset(
         choose(f"option of {name}", option, options_of(open_set))
     return open_set(split, size, root, **options)
 
-# %% ../nbs/04_data.ipynb #2c7d610e
+# %% ../nbs/04_data.ipynb #1e321613
 def to_float(
     images: torch.Tensor,  # uint8 in 0..255, or float in [0, 1]
 ) -> torch.Tensor:  # float in [0, 1]
     "Pictures as floats; floats stay as they are."
     return images if images.is_floating_point() else images.float().div_(255)
 
-# %% ../nbs/04_data.ipynb #b5d88ae4
+# %% ../nbs/04_data.ipynb #9c4fad4c
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# %% ../nbs/04_data.ipynb #c72f5b62
+# %% ../nbs/04_data.ipynb #92f8961a
 def normalize(
     images: torch.Tensor,  # uint8 or float in [0, 1], b 3 h w
     mean: tuple[float, ...] = IMAGENET_MEAN,  # per channel, of [0, 1]
@@ -74,15 +77,15 @@ def normalize(
     mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
     return (x - mean) / std
 
-# %% ../nbs/04_data.ipynb #59ef6b5b
+# %% ../nbs/04_data.ipynb #cdcaf6de
 _BLOCK = 1024  # ids that share one keyed draw
 
-# %% ../nbs/04_data.ipynb #6bcb640e
+# %% ../nbs/04_data.ipynb #c83cc155
 @lru_cache(maxsize=4096)
 def _crop_block(seed, epoch, block):
     return torch.rand(_BLOCK, 5, generator=keyed_generator(seed, "crop", epoch, block))
 
-# %% ../nbs/04_data.ipynb #5b2d6f63
+# %% ../nbs/04_data.ipynb #c0bdf570
 def crop_draws(
     ids: torch.Tensor,  # int64 b, the images' numbers in their set
     seed: int,  # the run's seed
@@ -94,7 +97,7 @@ def crop_draws(
     table = torch.stack([_crop_block(seed, epoch, int(block)) for block in blocks])
     return table[place, ids % _BLOCK]
 
-# %% ../nbs/04_data.ipynb #3f9f1492
+# %% ../nbs/04_data.ipynb #19c511e7
 def crop_affine(
     draws: torch.Tensor,  # float b 5 in [0, 1), from `crop_draws`
     scale: tuple[float, float] = (0.35, 1.0),  # share of the area that is kept
@@ -110,7 +113,7 @@ def crop_affine(
     rows = [w * mirror, zero, (1 - w) * (2 * x - 1), zero, h, (1 - h) * (2 * y - 1)]
     return torch.stack(rows, 1).view(-1, 2, 3)
 
-# %% ../nbs/04_data.ipynb #b779733a
+# %% ../nbs/04_data.ipynb #f3c747e2
 def augment(
     images: torch.Tensor,  # uint8 or float in [0, 1], b c h w
     ids: torch.Tensor,  # int64 b, the images' numbers in their set
