@@ -125,7 +125,7 @@ def new_record(
 # %% ../nbs/03_store.ipynb #e88ec460
 def _rows(name, frame):
     try:
-        rows = pa.RecordBatch.from_pandas(frame, preserve_index=False).to_struct_array()
+        rows = pa.Table.from_pandas(frame, preserve_index=False).to_struct_array().combine_chunks()
     except pa.ArrowException as error:
         raise InputError(f"table {name!r} does not fit into columns: {error}. Give each column one type.") from error
     return pa.ListArray.from_arrays([0, len(rows)], rows)

@@ -322,3 +322,11 @@ def test_publish_writes_to_the_results_of_the_project(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "project_root", lambda: tmp_path)
     store.append(record(), tmp_path / "runs")
     assert store.publish(record()["run_id"], tmp_path / "runs")[0].parent == tmp_path / "results"
+
+
+def test_joined_frames_are_filed(tmp_path):
+    "pandas keeps text in several pieces after a concat."
+    parts = [pd.DataFrame({"file": ["a", "b"], "right": [True, False]}), pd.DataFrame({"file": ["c"], "right": [True]}), pd.DataFrame({"file": [], "right": []}, dtype=object)]
+    for i, frame in enumerate((pd.concat(parts[:2], ignore_index=True), parts[2])):
+        store.append(store.new_record("train", {"i": i}, seed=0, data={}, metrics={}, tables={"images": frame}), tmp_path / str(i))
+    assert store.read_table(tmp_path / "0", "images").file.tolist() == ["a", "b", "c"] and store.read_table(tmp_path / "1", "images").empty
