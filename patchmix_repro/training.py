@@ -248,6 +248,7 @@ def load_model(
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder.name!r} are not those of its model.json ({config['model']}). Restore both from one run.") from error
+    model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "mean": tuple(card.get("mean", IMAGENET_MEAN)), "std": tuple(card.get("std", IMAGENET_STD))}
     return model.eval(), card
 
 # %% ../nbs/11_training.ipynb #28af36d6

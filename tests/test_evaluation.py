@@ -10,7 +10,8 @@ from patchmix_repro import store
 from patchmix_repro.config import train_config
 from patchmix_repro.core import InputError, NonFiniteError
 from patchmix_repro.data import create_dataset
-from patchmix_repro.evaluation import accuracy, evaluate, image_rows, measure
+from patchmix_repro.evaluation import accuracy, evaluate, image_rows
+from patchmix_repro.filing import measure
 from patchmix_repro.models import create_model
 from patchmix_repro.training import train
 

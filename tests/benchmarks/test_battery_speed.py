@@ -1,0 +1,52 @@
+"""Images/s of the paper's battery over the bare forward pass: by hand, never timed in a test.
+
+Both take turns over the same images in one run, so a busy machine slows both alike. `extra_info` holds the ratios.
+"""
+
+import json
+import statistics
+import time
+
+import pytest
+import torch
+
+from patchmix_repro.core import project_root
+from patchmix_repro.data import create_dataset, normalize
+from patchmix_repro.evaluation import BATCH, evaluate
+from patchmix_repro.smd import battery
+from patchmix_repro.training import load_model
+
+
+@pytest.fixture(scope="module")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bare(model, images, batch_size, rounds):
+    "What no evaluation can do without: forward passes over normalised images."
+    with torch.no_grad():
+        for _ in range(rounds):
+            torch.cat([model(x) for x in images.split(batch_size)]).cpu()
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_battery(benchmark, device, n=64, rounds=15):
+    model, _ = load_model(project_root() / "results" / "checkpoints" / "convnext_mini_patchmix")
+    model, dataset, conditions, batch_size = model.to(device), create_dataset("shapes9", "test", 56), battery("paper"), BATCH[device.type]
+    ready = normalize(dataset.images[:n].to(device)).contiguous(memory_format=torch.channels_last)
+    evaluate(model, dataset, conditions[:1], limit=n), bare(model, ready, batch_size, 1)
+    # the first round also plans where cut-outs go; later ones find that done
+    times = [(seconds(lambda: evaluate(model, dataset, conditions, limit=n)), seconds(lambda: bare(model, ready, batch_size, len(conditions)))) for _ in range(rounds)]
+    ratios = [forward / ours for ours, forward in times]
+    benchmark.extra_info.update(
+        threads=torch.get_num_threads(), device=device.type, batch_size=batch_size, conditions=len(conditions), images=n,
+        images_per_s=n * len(conditions) / statistics.median(ours for ours, _ in times),
+        over_a_bare_forward_pass=statistics.median(ratios), lowest=min(ratios), highest=max(ratios), first_round=ratios[0],
+    )
+    print(json.dumps(benchmark.extra_info, indent=1))
+    benchmark.pedantic(bare, (model, ready, batch_size, 1), rounds=1)
