@@ -60,6 +60,38 @@ def test_a_shipped_network_scores_what_its_card_says(folder):
     assert f"{100 * card['test_top1']:.1f} [" in (folder / "README.md").read_text()
 
 
+def records_of(kind):
+    "The published records of a kind; the test is skipped while there are none."
+    records = store.read(RESULTS)
+    found = records[records["kind"].eq(kind)].set_index("run_id")
+    if found.empty:
+        pytest.skip(f"no record of kind {kind} is published")
+    return found
+
+
+def test_a_battery_can_be_recounted():
+    records = records_of("battery")
+    conditions, images = (store.read_table(RESULTS, name, "battery") for name in ("conditions", "images"))
+    for run_id, table in conditions.groupby("run_id"):
+        rows, table = images[images.run_id.eq(run_id)], table.set_index("condition")
+        counted = rows[list(table.index)].astype(bool).mean()
+        assert table.accuracy.to_dict() == pytest.approx(counted.to_dict()) and table.n.eq(len(rows)).all() and rows.id.is_unique
+        assert table["drop"].to_dict() == pytest.approx((counted["clean"] - counted).to_dict())
+        assert records["metrics.clean"][run_id] == pytest.approx(counted["clean"])
+
+
+def test_selectivity_is_the_mean_of_its_images():
+    records, images = records_of("selectivity"), store.read_table(RESULTS, "images", "selectivity")
+    for run_id, rows in images.groupby("run_id"):
+        assert rows["mass"].mean() == pytest.approx(records["metrics.mass"][run_id]) and rows["share"].between(0, 1, inclusive="neither").all()
+
+
+def test_networks_that_are_compared_saw_the_same_images():
+    records = records_of("battery")
+    for _, group in records.groupby(["config.data", "config.scale"]):
+        assert group["config.seed"].nunique() == group["config.conditions"].map(str).nunique() == 1
+
+
 def test_every_figure_has_the_table_behind_it():
     pictures = sorted((ROOT / "figures").glob("*.svg"))
     assert pictures and all(p.with_suffix(".csv").is_file() for p in pictures)
