@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'METHODS', 'upsampling', 'Masks', 'draw_masks', 'overlap', 'linear_map', 'Saliency', 'left_out', 'pooling',
            'patch_means', 'average']
 
-# %% ../nbs/12c_masks.ipynb #1b7a9634
+# %% ../nbs/12c_masks.ipynb #94e9c502
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .core import choose, keyed_generator
 from .patches import grid_sides
 
-# %% ../nbs/12c_masks.ipynb #d3d878cd
+# %% ../nbs/12c_masks.ipynb #5ddbba48
 def upsampling(
     s: int,  # cells along one side, at least 2
     n: int,  # image side, px
@@ -28,23 +28,28 @@ def upsampling(
     at = s - 1 - (s - 1 - at.abs()).abs()
     return (1 - (at[:, None] - torch.arange(s)).abs()).clamp(min=0)
 
-# %% ../nbs/12c_masks.ipynb #087a30b3
+# %% ../nbs/12c_masks.ipynb #16a6ee48
 BLOCK = 128  # masks of one draw
 
-# %% ../nbs/12c_masks.ipynb #d16def61
+# %% ../nbs/12c_masks.ipynb #cbb3c358
 class Masks(NamedTuple):
-    "A block of masks as factors: rows x cells x columns."
+    "A block of masks: the cells of each grid, and where the enlarged grid is cut."
 
-    down: Tensor  # float32 m h gh
     cells: Tensor  # float32 m gh gw, 0 or 1
-    right: Tensor  # float32 m w gw
+    shift: Tensor  # int64 m 2: rows and columns cut off above and to the left
+    size: tuple[int, int]  # h, w, px
+
+    def factors(self, device: str | torch.device = "cpu") -> list[Tensor]:
+        "Rows m h gh and columns m w gw; a mask is rows @ cells @ columns.T."
+        sides = zip(self.cells.shape[1:], self.size, self.shift.to(device).T, strict=True)
+        return [upsampling(s, n).to(device, torch.float32)[first[:, None] + torch.arange(n, device=device)] for s, n, first in sides]
 
     def dense(self, device: str | torch.device = "cpu") -> Tensor:
         "The masks themselves, m h w in [0, 1]."
-        down, cells, right = (part.to(device) for part in self)
-        return down @ cells @ right.mT
+        rows, columns = self.factors(device)
+        return rows @ self.cells.to(device) @ columns.mT
 
-# %% ../nbs/12c_masks.ipynb #d72c5dc9
+# %% ../nbs/12c_masks.ipynb #3153fefb
 def draw_masks(
     h: int,  # image height, px
     w: int,  # image width, px
@@ -52,15 +57,15 @@ def draw_masks(
     keep: float = 0.5,  # probability that a cell is on
     seed: int = 0,  # of the masks
     block: int = 0,  # number of the block
-) -> Masks:  # BLOCK of them, on the CPU
+) -> Masks:  # BLOCK of them
     "Random grids and random shifts of less than a cell, as in RISE's code."
     gh, gw = grid_sides(grid=grid)
     generator = keyed_generator(seed, "rise", gh, gw, block)
     cells = (torch.rand(BLOCK, gh, gw, generator=generator) < keep).float()
-    top, left = (torch.randint(-(-n // s), (BLOCK, 1), generator=generator) for n, s in ((h, gh), (w, gw)))
-    return Masks(upsampling(gh, h).float()[top + torch.arange(h)], cells, upsampling(gw, w).float()[left + torch.arange(w)])
+    shift = [torch.randint(-(-n // s), (BLOCK, 1), generator=generator) for n, s in ((h, gh), (w, gw))]
+    return Masks(cells, torch.cat(shift, 1), (h, w))
 
-# %% ../nbs/12c_masks.ipynb #0cdfe425
+# %% ../nbs/12c_masks.ipynb #a8e6e1d0
 def overlap(
     s: int,  # cells along one side
     n: int,  # image side, px
@@ -69,7 +74,7 @@ def overlap(
     shifted = upsampling(s, n).unfold(0, n, 1)[: -(-n // s)]  # shifts s n
     return torch.einsum("tsi,tsj->ij", shifted, shifted) / len(shifted)
 
-# %% ../nbs/12c_masks.ipynb #83e8694d
+# %% ../nbs/12c_masks.ipynb #08080b2d
 def linear_map(
     weights: Tensor,  # float ... h w: change of the score when a pixel's mask goes from 0 to 1
     grid: int | tuple[int, int] = 7,  # cells a side, or (gh, gw)
@@ -79,7 +84,7 @@ def linear_map(
     (gh, gw), (h, w) = grid_sides(grid=grid), weights.shape[-2:]
     return (1 - keep) * (overlap(gh, h) @ weights.double() @ overlap(gw, w))
 
-# %% ../nbs/12c_masks.ipynb #b340a4e3
+# %% ../nbs/12c_masks.ipynb #176c3abd
 class Saliency(NamedTuple):
     "A saliency map and what it is worth."
 
@@ -87,7 +92,7 @@ class Saliency(NamedTuple):
     stderr: Tensor  # as map: standard error of the mean at each pixel
     num_masks: int  # masks looked through
 
-# %% ../nbs/12c_masks.ipynb #ce0c90ec
+# %% ../nbs/12c_masks.ipynb #11220cf2
 def left_out(
     features: Tensor,  # float64 m d
     scores: Tensor,  # float64 m t
@@ -104,7 +109,7 @@ def left_out(
         best = found if best is None else [torch.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True)]
     return best[1], best[2]
 
-# %% ../nbs/12c_masks.ipynb #cfb10426
+# %% ../nbs/12c_masks.ipynb #29a6d141
 def pooling(
     s: int,  # parts along one side
     n: int,  # image side, px
@@ -112,19 +117,18 @@ def pooling(
     "Weights that average a side over s nearly equal parts."
     return F.adaptive_avg_pool1d(torch.eye(n, dtype=torch.float64)[None], s)[0].T
 
-# %% ../nbs/12c_masks.ipynb #0fa602d1
+# %% ../nbs/12c_masks.ipynb #8df46879
 def patch_means(
     masks: Masks,  # m of them
 ) -> Tensor:  # float64 m gh*gw
     "Mean of every mask in every patch of its grid."
-    down, cells, right = (part.double() for part in masks)
-    rows, columns = (pooling(part.shape[2], part.shape[1]) for part in (down, right))
-    return (rows @ down @ cells @ right.mT @ columns.T).flatten(1)
+    rows, columns = (pooling(part.shape[2], part.shape[1]) @ part.double() for part in masks.factors())
+    return (rows @ masks.cells.double() @ columns.mT).flatten(1)
 
-# %% ../nbs/12c_masks.ipynb #3af1ab20
+# %% ../nbs/12c_masks.ipynb #5f19c18e
 METHODS = ("rise", "centred", "regression")
 
-# %% ../nbs/12c_masks.ipynb #11f8a4da
+# %% ../nbs/12c_masks.ipynb #293b5ce6
 def _terms(scores, draw, keep, method):
     if method == "rise":
         return scores, 0.0, 0.0
@@ -134,10 +138,10 @@ def _terms(scores, draw, keep, method):
     features = torch.cat([patch_means(block) for block in blocks])[: len(scores)]
     parts = [left_out(features, part) for part in scores.split(256, 1)]
     slopes, rest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    (h, gh), (w, gw) = blocks[0].down.shape[1:], blocks[0].right.shape[1:]
+    (h, w), (gh, gw) = blocks[0].size, blocks[0].cells.shape[1:]
     return rest, keep, linear_map(pooling(gh, h).T @ slopes.T.unflatten(1, (gh, gw)) @ pooling(gw, w), (gh, gw), keep)
 
-# %% ../nbs/12c_masks.ipynb #7f44e85e
+# %% ../nbs/12c_masks.ipynb #43f50e05
 def average(
     scores: Tensor,  # float m ...: a score of every mask
     draw: Callable[[int], Masks],  # number of a block -> its masks

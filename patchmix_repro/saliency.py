@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'pick', 'contrast_scores', 'masked_logits', 'Masking', 'check_images', 'evaluating', 'clean_logits',
            'class_ids', 'look', 'explain', 'rise', 'against_ids', 'crise']
 
-# %% ../nbs/13_saliency.ipynb #bdd92a5e
+# %% ../nbs/13_saliency.ipynb #c699903c
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from .core import InputError, NonFiniteError, choose
 from .masks import BLOCK, METHODS, Masks, Saliency, average, draw_masks
 from .patches import grid_sides
 
-# %% ../nbs/13_saliency.ipynb #1928fb77
+# %% ../nbs/13_saliency.ipynb #6d36a91d
 SCORES = {"prob": lambda z: z.softmax(-1), "logit": lambda z: z, "logprob": lambda z: z.log_softmax(-1)}
 
-# %% ../nbs/13_saliency.ipynb #cdf0c298
+# %% ../nbs/13_saliency.ipynb #78342435
 def pick(
     scores: Tensor,  # float ... b k
     ids: Tensor,  # int64 b
@@ -32,7 +32,7 @@ def pick(
     "The score of one class an image."
     return scores.gather(-1, ids.expand(scores.shape[:-1])[..., None]).squeeze(-1)
 
-# %% ../nbs/13_saliency.ipynb #6b5f6313
+# %% ../nbs/13_saliency.ipynb #c3de297d
 def contrast_scores(
     logits: Tensor,  # float ... b k
     target: Tensor,  # int64 b
@@ -48,7 +48,7 @@ def contrast_scores(
     others = logits.scatter(-1, target.expand(logits.shape[:-1])[..., None], -torch.inf)
     return pick(logits, target) - others.logsumexp(-1)
 
-# %% ../nbs/13_saliency.ipynb #988cd2f4
+# %% ../nbs/13_saliency.ipynb #6a98f75e
 def masked_logits(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -65,11 +65,11 @@ def masked_logits(
         columns.append(torch.cat(rows).float().unflatten(0, (len(masks), len(images))))
     return torch.cat(columns, 1)
 
-# %% ../nbs/13_saliency.ipynb #492607d0
+# %% ../nbs/13_saliency.ipynb #cde7a02d
 def _whole(value, least):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
-# %% ../nbs/13_saliency.ipynb #c49382b0
+# %% ../nbs/13_saliency.ipynb #071f2f9c
 @dataclass(frozen=True)
 class Masking:
     "How masks are drawn, looked through and averaged."
@@ -101,7 +101,7 @@ class Masking:
             if not good:
                 raise InputError(f"{name} is {getattr(self, name)!r}; allowed: {rule}.")
 
-# %% ../nbs/13_saliency.ipynb #34392bec
+# %% ../nbs/13_saliency.ipynb #be3c27ba
 def check_images(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -112,7 +112,7 @@ def check_images(
     if (lies := next((p.device for p in model.parameters()), x.device)) != x.device:
         raise InputError(f"x lies on {x.device}, the model on {lies}. Move one of them with .to().")
 
-# %% ../nbs/13_saliency.ipynb #0a7b4382
+# %% ../nbs/13_saliency.ipynb #ef1c5f70
 @contextmanager
 def evaluating(
     model: nn.Module,  # b 3 h w -> logits b k
@@ -128,7 +128,7 @@ def evaluating(
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/13_saliency.ipynb #599465cb
+# %% ../nbs/13_saliency.ipynb #96c2c88d
 def clean_logits(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -141,7 +141,7 @@ def clean_logits(
         raise NonFiniteError("the model returns NaN or infinite logits for the whole images. Check its weights and the normalisation of x.")
     return logits.float()
 
-# %% ../nbs/13_saliency.ipynb #ea890042
+# %% ../nbs/13_saliency.ipynb #951c369c
 def class_ids(
     what: str,  # name of the argument, for the message
     ids: Tensor | int,  # int64 b, or one class for all images
@@ -155,7 +155,7 @@ def class_ids(
         raise InputError(f"{what} runs from {int(ids.min())} to {int(ids.max())}; the model has the classes 0 to {k - 1}.")
     return ids.long().expand(b)
 
-# %% ../nbs/13_saliency.ipynb #f07a407a
+# %% ../nbs/13_saliency.ipynb #e915ce7d
 def _fitting(model, x, masks, size, dtype, shrink):
     try:
         return masked_logits(model, x, masks, size, dtype), size
@@ -164,7 +164,7 @@ def _fitting(model, x, masks, size, dtype, shrink):
             raise
     return _fitting(model, x, masks, size // 2, dtype, shrink)
 
-# %% ../nbs/13_saliency.ipynb #c64f7034
+# %% ../nbs/13_saliency.ipynb #ae26633c
 def look(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -185,7 +185,7 @@ def look(
             bar.update(len(masks))
             yield scores
 
-# %% ../nbs/13_saliency.ipynb #5f5cd32b
+# %% ../nbs/13_saliency.ipynb #f34dc100
 def explain(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -203,7 +203,7 @@ def explain(
                 break
     return found
 
-# %% ../nbs/13_saliency.ipynb #a408383c
+# %% ../nbs/13_saliency.ipynb #f8977eed
 def rise(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w, as the model takes it: 0 is off
@@ -228,7 +228,7 @@ def rise(
         ids = logits.argmax(1) if target is None else class_ids("target", target, logits)
         return explain(model, x, lambda z: pick(of(z), ids), masking)
 
-# %% ../nbs/13_saliency.ipynb #b98c8ea3
+# %% ../nbs/13_saliency.ipynb #5d28f2b2
 def against_ids(
     contrast: Tensor | int | str,  # "donor", "runner_up", "rest", or class ids int64 b
     target: Tensor,  # int64 b
@@ -250,7 +250,7 @@ def against_ids(
         raise InputError(f"{int(same.sum())} of {len(ids)} images are held against their own target class. Give another class, or contrast 'runner_up'.")
     return ids
 
-# %% ../nbs/13_saliency.ipynb #389d56ef
+# %% ../nbs/13_saliency.ipynb #9a7ceab3
 def crise(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w, as the model takes it: 0 is off

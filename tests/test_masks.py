@@ -60,7 +60,7 @@ def test_masks_are_crops_of_the_zoomed_grid_at_every_shift(h, w, grid):
 
 def test_blocks_are_keyed():
     first = draw_masks(14, 14, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(first, draw_masks(14, 14, seed=1), strict=True))
+    assert torch.equal(first.dense(), draw_masks(14, 14, seed=1).dense())
     for other in (draw_masks(14, 14, seed=2), draw_masks(14, 14, seed=1, block=1)):
         assert not torch.equal(first.cells, other.cells)
     cells = torch.cat([draw_masks(14, 14, 7, 0.1, block=i).cells for i in range(20)])
@@ -171,13 +171,14 @@ def test_fewer_masks_do_with_centring_and_regression():
 
 
 def test_average_by_hand():
-    "Two masks of two pixels, all on and half on."
-    masks = Masks(torch.ones(2, 1, 1), torch.ones(2, 1, 1), torch.tensor([[[1.0], [1.0]], [[0.0], [1.0]]]))
-    found = average(torch.tensor([[1.0], [3.0]]), lambda block: masks, 0.5)
-    assert found.map.tolist() == [[[1.0, 4.0]]] and found.num_masks == 2  # (1 + 0) / 2 / p, (1 + 3) / 2 / p
-    assert found.stderr.tolist() == [[[1.0, 2.0]]]  # sd 0.5 and 1 over root 1, over p
-    centred = average(torch.tensor([[1.0], [3.0]]), lambda block: masks, 0.5, "centred")
-    assert centred.map.tolist() == [[[-1.0, 0.0]]]
+    "Two masks of 2 x 2 px: one is all on, of the other the lower cells are."
+    masks = Masks(torch.tensor([[[1.0, 1], [1, 1]], [[0, 0], [1, 1]]]), torch.zeros(2, 2, dtype=torch.int64), (2, 2))
+    assert torch.allclose(masks.dense()[1], torch.tensor([[1 / 6, 1 / 6], [1 / 2, 1 / 2]]))
+    scores = torch.tensor([[1.0], [3.0]])
+    found, centred = (average(scores, lambda block: masks, 0.5, method) for method in ("rise", "centred"))
+    assert torch.allclose(found.map[0, :, 0], torch.tensor([1.5, 2.5])) and found.num_masks == 2  # (1 + 3/6) / 2 / p, (1 + 3/2) / 2 / p
+    assert torch.allclose(found.stderr, torch.tensor(0.5))  # the terms differ by 1/2: half of that, over p
+    assert torch.allclose(centred.map[0, :, 0], torch.tensor([-5 / 6, -1 / 2]))  # (-1/2 - 1/3) / 2 / p, (-1/2 + 0) / 2 / p
 
 
 @pytest.mark.parametrize("n", [BLOCK, BLOCK + 1, 300])
