@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and one thread in each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # the same examples on every run, no time limit on a busy machine, and no folder left behind
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
