@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'block_order', 'decoded', 'maps_for', 'Block', 'open_block', 'open_blocks', 'normalization', 'device_of',
-           'forward_pass', 'saliency_maps', 'block_logits', 'within_memory']
+           'forward_pass', 'saliency_maps', 'condition_logits', 'within_memory']
 
-# %% ../nbs/11a_blocks.ipynb #03bb5d21
+# %% ../nbs/11a_blocks.ipynb #cc7b2157
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -19,24 +20,30 @@ from .data import normalize, to_float
 from .models import batches_of
 from .occlusion import donor_ids
 
-# %% ../nbs/11a_blocks.ipynb #c5fea474
+# %% ../nbs/11a_blocks.ipynb #6f7d71c1
 BLOCK = 512  # images that are decoded together and lend each other patches
 
-# %% ../nbs/11a_blocks.ipynb #8280dbaa
+# %% ../nbs/11a_blocks.ipynb #43d74b8d
+def _whole(value):
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+# %% ../nbs/11a_blocks.ipynb #a089fa34
 def block_order(
     n: int,  # images of the data set
     seed: int = 0,  # of the order
     limit: int | None = None,  # a keyed sample of at most so many; None: all
 ) -> list[torch.Tensor]:  # int64 ids of each block
     "All images, or a keyed sample, in a keyed order and in blocks of 512; a tail below 256 joins the block before."
-    if limit is not None and limit < 1:
-        raise InputError(f"limit {limit} leaves nothing to evaluate. Give a number of images from 1, or None for all.")
+    if not _whole(seed):
+        raise InputError(f"seed {seed!r} is no whole number. Give an integer, such as 0.")
+    if limit is not None and not (_whole(limit) and limit >= 1):
+        raise InputError(f"limit {limit!r} is no number of images. Give a whole number from 1, or None for all.")
     blocks = list(torch.randperm(n, generator=keyed_generator(seed, "blocks"))[:limit].split(BLOCK))
     if len(blocks) > 1 and len(blocks[-1]) < BLOCK // 2:
         blocks[-2:] = [torch.cat(blocks[-2:])]
     return blocks
 
-# %% ../nbs/11a_blocks.ipynb #ee200b64
+# %% ../nbs/11a_blocks.ipynb #6f29ca9f
 def decoded(
     dataset,  # from `create_dataset`
     blocks: list[torch.Tensor],  # int64 ids of each block
@@ -52,7 +59,7 @@ def decoded(
     for ids in blocks:
         yield ids, torch.cat([next(loader)[0] for _ in ids.split(chunk)])
 
-# %% ../nbs/11a_blocks.ipynb #8003f827
+# %% ../nbs/11a_blocks.ipynb #e1736aec
 def maps_for(
     conditions: tuple,  # callables with `name` and `needs`
     dataset,  # from `create_dataset`
@@ -69,7 +76,7 @@ def maps_for(
         raise InputError(f"maps of shape {wrong} for {len(dataset)} images. Give one map per image of the data set, in its order.")
     return needed
 
-# %% ../nbs/11a_blocks.ipynb #64a0b77b
+# %% ../nbs/11a_blocks.ipynb #bc5cbed6
 class Block(NamedTuple):
     "Images that are evaluated together."
     ids: torch.Tensor  # int64 n
@@ -77,7 +84,12 @@ class Block(NamedTuple):
     donors: torch.Tensor | None  # uint8 n 3 h w, each of another class; None when nobody asks
     maps: dict[str, torch.Tensor]  # name -> n ...
 
-# %% ../nbs/11a_blocks.ipynb #e54e955d
+    def to(self, device):
+        "The same block, its pictures and maps on a device."
+        donors = None if self.donors is None else self.donors.to(device)
+        return self._replace(images=self.images.to(device), donors=donors, maps={name: value.to(device) for name, value in self.maps.items()})
+
+# %% ../nbs/11a_blocks.ipynb #dd8d589e
 def open_block(
     ids: torch.Tensor,  # int64 n
     images: torch.Tensor,  # uint8 n 3 h w
@@ -91,7 +103,7 @@ def open_block(
     partners = [place[int(i)] for i in donor_ids(labels[ids], ids, seed)] if donors else None
     return Block(ids, images, images[partners] if donors else None, {name: value[ids] for name, value in maps.items()})
 
-# %% ../nbs/11a_blocks.ipynb #229c5fc3
+# %% ../nbs/11a_blocks.ipynb #43adc2bf
 def open_blocks(
     dataset,  # from `create_dataset`
     todo: list[tuple],  # (int64 ids, conditions) of each block
@@ -105,15 +117,14 @@ def open_blocks(
         donors = any("donor" in condition.needs for condition in conditions)
         yield open_block(ids, images, dataset.labels, maps, donors, seed), conditions
 
-# %% ../nbs/11a_blocks.ipynb #5b3d3046
+# %% ../nbs/11a_blocks.ipynb #5d701aa2
 def normalization(
     model: nn.Module,  # perhaps with timm's `pretrained_cfg`
     mean: tuple[float, ...] | None = None,  # per channel; None: from `pretrained_cfg`
     std: tuple[float, ...] | None = None,  # per channel; None: from `pretrained_cfg`
-    default: tuple | None = None,  # mean and std of a network that does not say; None: an error
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean, std
     "The normalisation that a network was trained with."
-    known = dict(zip(("mean", "std"), default or ())) | (getattr(model, "pretrained_cfg", None) or {})
+    known = getattr(model, "pretrained_cfg", None) or {}
     found = [known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std))]
     if None in found:
         raise InputError(f"{type(model).__name__} does not say how its images are normalised. Pass mean= and std=, or set its pretrained_cfg as timm and load_model do.")
@@ -122,14 +133,14 @@ def normalization(
         raise InputError(f"mean {mean} and std {std} do not normalise RGB. Give three numbers each, std above 0.")
     return mean, std
 
-# %% ../nbs/11a_blocks.ipynb #34d30d1b
+# %% ../nbs/11a_blocks.ipynb #168143e8
 def device_of(
     model: nn.Module,  # any
 ) -> torch.device:
     "Where a network's first parameter lies."
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
-# %% ../nbs/11a_blocks.ipynb #0c58c0c4
+# %% ../nbs/11a_blocks.ipynb #37835614
 def forward_pass(
     model: nn.Module,  # normalised b 3 h w -> b ...
     mean: tuple[float, ...],  # per channel
@@ -141,10 +152,13 @@ def forward_pass(
     def forward(images):
         x = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return model(x).float()
+            found = model(x)
+        if not isinstance(found, torch.Tensor) or found.ndim < 2 or len(found) != len(images):
+            raise InputError(f"the model returns {tuple(getattr(found, 'shape', ())) or type(found).__name__} for {len(images)} images. It has to return one tensor with a row an image, such as logits b k; take it out of a tuple or dict.")
+        return found.float()
     return forward
 
-# %% ../nbs/11a_blocks.ipynb #613af30b
+# %% ../nbs/11a_blocks.ipynb #a0f64c65
 def saliency_maps(
     network: nn.Module,  # normalised b 3 h w -> b 1 h w, 0 or more
     dataset,  # from `create_dataset`
@@ -161,26 +175,24 @@ def saliency_maps(
             raise InputError(f"the network gave {tuple(found[-1].shape)}, least {float(found[-1].min()):.3g}, for images {tuple(images.shape)}. It has to give b 1 h w, 0 or more: end it in a sigmoid.")
     return torch.cat(found)
 
-# %% ../nbs/11a_blocks.ipynb #46962400
-def block_logits(
+# %% ../nbs/11a_blocks.ipynb #db123611
+def condition_logits(
     forward: Callable,  # from `forward_pass`
-    block: Block,  # from `open_block`
-    conditions: tuple,  # callables (images, ids, maps) -> images
-    device: torch.device,  # where the model lies
+    block: Block,  # from `open_block`, where the model lies
+    condition: Callable,  # (images, ids, maps) -> images
     batch_size: int,  # images a forward pass
-) -> list[torch.Tensor]:  # float32 n k for each condition, on the CPU
-    "The network's answers to a block under every condition."
-    found = [[] for _ in conditions]
-    for part in torch.arange(len(block.ids)).split(batch_size):
-        images, ids = to_float(block.images[part].to(device)), block.ids[part]
-        maps = {name: value[part].to(device).float() for name, value in block.maps.items()}
-        if block.donors is not None:
-            maps["donor"] = to_float(block.donors[part].to(device))
-        for rows, condition in zip(found, conditions):
-            rows.append(forward(condition(images, ids, maps)))
-    return [torch.cat(rows).cpu() for rows in found]
+) -> torch.Tensor:  # float32 n k, on the CPU
+    "The network's answers to a block under one condition."
+    found = []
+    for start in range(0, len(block.ids), batch_size):
+        part = slice(start, start + batch_size)
+        maps = {name: block.maps[name][part].float() for name in condition.needs if name != "donor"}
+        if "donor" in condition.needs:
+            maps["donor"] = to_float(block.donors[part])
+        found.append(forward(condition(to_float(block.images[part]), block.ids[part], maps)))
+    return torch.cat(found).cpu()
 
-# %% ../nbs/11a_blocks.ipynb #42288899
+# %% ../nbs/11a_blocks.ipynb #647e822f
 def within_memory(
     call: Callable,  # batch size -> result
     batch_size: int,  # to begin with

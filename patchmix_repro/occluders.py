@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'SOURCES', 'IN_DOMAIN', 'RULES', 'Occluders', 'fingerprint', 'read_occluder', 'kind_of', 'load_occluders',
-           'resize_occluder', 'rotate_occluder', 'harden', 'cover', 'paste']
+           'resize_occluder', 'rotate_occluder', 'harden', 'cover', 'check_picture', 'paste']
 
-# %% ../nbs/07a_occluders.ipynb #991b3400
+# %% ../nbs/07a_occluders.ipynb #d367faaf
 import hashlib
 import io
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from .core import DataError, InputError, choose
 from .cutouts import KINDS, draw_occluder, trim
 from .files import checked, collect, open_image, reader
 
-# %% ../nbs/07a_occluders.ipynb #e229d505
+# %% ../nbs/07a_occluders.ipynb #fe281e3f
 @dataclass(frozen=True, eq=False)
 class Occluders:
     "A collection of cut-outs; the four tuples go together."
@@ -36,17 +37,17 @@ class Occluders:
         "The cut-out of that name."
         return self.images[self.files.index(choose("occluder", file, self.files))]
 
-# %% ../nbs/07a_occluders.ipynb #2ded0ad8
+# %% ../nbs/07a_occluders.ipynb #0da06b1c
 def fingerprint(
     pixels: np.ndarray,  # uint8, any shape
 ) -> str:  # 64 hex digits
     "SHA-256 of an array's shape and bytes."
     return hashlib.sha256(f"{pixels.shape}".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
-# %% ../nbs/07a_occluders.ipynb #15ea31f7
+# %% ../nbs/07a_occluders.ipynb #3eaab81e
 LARGEST = 1024  # px: longer sides are reduced when a cut-out is read
 
-# %% ../nbs/07a_occluders.ipynb #d93b8fbf
+# %% ../nbs/07a_occluders.ipynb #79b90739
 def read_occluder(
     content: bytes,  # an encoded picture
 ) -> np.ndarray:  # uint8 h w 4, trimmed
@@ -61,7 +62,7 @@ def read_occluder(
         raise DataError("fully transparent (no alpha of 50 % or more); give the object an opaque alpha, or remove the file")
     return trim(rgba)
 
-# %% ../nbs/07a_occluders.ipynb #d13fff71
+# %% ../nbs/07a_occluders.ipynb #495f5c8c
 def kind_of(
     file: str,  # path below the folder of occluders
 ) -> str:
@@ -72,7 +73,7 @@ def kind_of(
     letters = path.stem[:next((i for i, c in enumerate(path.stem) if c.isdigit()), None)]
     return letters.strip(" _-.") or path.stem
 
-# %% ../nbs/07a_occluders.ipynb #bdddec2f
+# %% ../nbs/07a_occluders.ipynb #c492c525
 def _folder(source):
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -84,18 +85,18 @@ def _folder(source):
     read = lambda path: read_occluder(checked(lambda p: Path(p).read_bytes(), (path,))[0])
     return dict(zip(paths, collect(read, paths, f"occluders in {folder.name}"), strict=True))
 
-# %% ../nbs/07a_occluders.ipynb #cd1538ea
+# %% ../nbs/07a_occluders.ipynb #c789f944
 def _coco(source):
     read = reader(source, None, "It holds occluders/*.png and occluders/occluders.csv.")
     table = pd.read_csv(io.BytesIO(checked(read, ("occluders/occluders.csv",))[0]))
     names = {f"{row.category}/{row.file}": f"occluders/{row.file}" for row in table.sort_values(["category", "file"]).itertuples()}
     return dict(zip(names, collect(lambda name: read_occluder(checked(read, (name,))[0]), names, source), strict=True))
 
-# %% ../nbs/07a_occluders.ipynb #bc0f3d55
+# %% ../nbs/07a_occluders.ipynb #4c3b45e8
 SOURCES = {"embedded": lambda source: {f"{k}/{v}.png": draw_occluder(k, v) for k in KINDS for v in range(3)}, "coco_objects": _coco}
 IN_DOMAIN = {"coco_objects": ("giraffe", "tie")}  # kinds that are classes of caltech9 or ImageNet
 
-# %% ../nbs/07a_occluders.ipynb #3b483d0d
+# %% ../nbs/07a_occluders.ipynb #f29e544b
 def load_occluders(
     source: str | Path = "embedded",  # "embedded", "coco_objects", or a folder of RGBA pictures: one sub-folder a kind, or flat
     leave_out: tuple[str, ...] | None = None,  # kinds or files to do without; None: IN_DOMAIN's for the source
@@ -111,10 +112,10 @@ def load_occluders(
     kept = [images[file] for file in files]
     return Occluders(source, tuple(files), tuple(map(kind_of, files)), tuple(kept), tuple(map(fingerprint, kept)))
 
-# %% ../nbs/07a_occluders.ipynb #df543961
+# %% ../nbs/07a_occluders.ipynb #fad0000d
 RULES = ("keep", "published")
 
-# %% ../nbs/07a_occluders.ipynb #238b67f6
+# %% ../nbs/07a_occluders.ipynb #200f42cc
 def resize_occluder(
     rgba: np.ndarray,  # uint8 h w 4
     area: float,  # pixels with alpha > 0 that the result should have
@@ -128,15 +129,17 @@ def resize_occluder(
     height = max(round(scale * w * h / width), 1)
     return np.array(Image.fromarray(rgba).resize((width, height), Image.Resampling.LANCZOS))
 
-# %% ../nbs/07a_occluders.ipynb #f329e10d
+# %% ../nbs/07a_occluders.ipynb #254ccaa3
 def rotate_occluder(
     rgba: np.ndarray,  # uint8 h w 4
     angle: float,  # degrees, counter-clockwise
 ) -> np.ndarray:  # uint8 h w 4, trimmed
     "A cut-out turned about its centre, on an expanded canvas."
+    if not (isinstance(angle, Real) and math.isfinite(angle)):
+        raise InputError(f"angle {angle!r} turns nothing. Give degrees, a finite number.")
     return trim(np.array(Image.fromarray(rgba).rotate(angle, Image.Resampling.BICUBIC, expand=True)))
 
-# %% ../nbs/07a_occluders.ipynb #52b267b5
+# %% ../nbs/07a_occluders.ipynb #7e8fe6ff
 def harden(
     rgba: np.ndarray,  # uint8 h w 4
 ) -> np.ndarray:  # uint8 h w 4, alpha 0 or 255, trimmed
@@ -145,18 +148,18 @@ def harden(
     hard[..., 3] = np.where(rgba[..., 3] >= 128, 255, 0)
     return trim(hard)
 
-# %% ../nbs/07a_occluders.ipynb #bea17def
+# %% ../nbs/07a_occluders.ipynb #e36eec6f
 def _overlap(corner, extent, frame):
     start, stop = max(corner, 0), min(corner + extent, frame)
     return slice(start, max(start, stop)), slice(start - corner, max(start, stop) - corner)
 
-# %% ../nbs/07a_occluders.ipynb #4b5b2ad1
+# %% ../nbs/07a_occluders.ipynb #8919a68e
 def _spots(cutouts, centres, frame):
     for rgba, (x, y) in zip(cutouts, centres, strict=True):
         (rows, top), (columns, left) = (_overlap(c - n // 2, n, m) for c, n, m in zip((y, x), rgba.shape, frame))
         yield (rows, columns), rgba[top, left]
 
-# %% ../nbs/07a_occluders.ipynb #81243835
+# %% ../nbs/07a_occluders.ipynb #90933e43
 def cover(
     cutouts: list[np.ndarray],  # uint8 h w 4 each
     centres: list[tuple[int, int]],  # x, y of each, px
@@ -168,13 +171,23 @@ def cover(
         covered[spot] |= part[..., 3] >= 128
     return covered
 
-# %% ../nbs/07a_occluders.ipynb #68556e4d
+# %% ../nbs/07a_occluders.ipynb #299060b5
+def check_picture(
+    image: np.ndarray,  # whatever was given
+):
+    "Refuse anything but uint8 h w 3."
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(f"the picture is {given}. Give an array uint8 h w 3: RGB from 0 to 255, channels last.")
+
+# %% ../nbs/07a_occluders.ipynb #61a275af
 def paste(
     image: np.ndarray,  # uint8 h w 3
     cutouts: list[np.ndarray],  # uint8 h w 4 each, later ones over earlier ones
     centres: list[tuple[int, int]],  # x, y of each, px
 ) -> np.ndarray:  # a new picture uint8 h w 3
     "Lay cut-outs over a picture."
+    check_picture(image)
     picture = image.copy()
     for spot, part in _spots(cutouts, centres, image.shape[:2]):
         colour, alpha = part[..., :3].astype(np.int32), part[..., 3:].astype(np.int32)

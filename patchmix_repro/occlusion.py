@@ -7,7 +7,7 @@ __all__ = ['FILLS', 'PAINT', 'CHOICES', 'RULES', 'MAPS', 'CONDITIONS', 'check_fi
            'settings_of', 'Clean', 'Replace', 'Drop', 'Permute', 'bar_columns', 'paint_colours', 'Slide',
            'condition_from', 'paper_grid']
 
-# %% ../nbs/08_occlusion.ipynb #a2b8f75b
+# %% ../nbs/08_occlusion.ipynb #a6abfa9d
 from dataclasses import dataclass, fields
 from math import prod
 
@@ -19,25 +19,25 @@ from .data import IMAGENET_MEAN
 from .draws import donor_ids, first_patches, keyed_rand, one_order, patch_count, patch_order, patch_salience, salience_order
 from .patches import drop_patches, grid_sides, permute_patches, replace_patches
 
-# %% ../nbs/08_occlusion.ipynb #624ffbf0
+# %% ../nbs/08_occlusion.ipynb #65c6f944
 FILLS = {"black": 0.0, "mean": torch.tensor(IMAGENET_MEAN)}  # in [0, 1]
 
-# %% ../nbs/08_occlusion.ipynb #75ce1d90
+# %% ../nbs/08_occlusion.ipynb #8aac5db7
 PAINT = {"red": (0.75, 0.12, 0.12), "blue": (0.12, 0.25, 0.7)}  # of ROD's blocks, in [0, 1]; the shades are a choice
 
-# %% ../nbs/08_occlusion.ipynb #9ea5dd0e
+# %% ../nbs/08_occlusion.ipynb #34d53a37
 CHOICES = {"donor": ("other_class",), "fill": FILLS, "which": ("random", "salient", "nonsalient"), "source": ("mask", "saliency"), "colour": ("drawn", *PAINT)}
 
-# %% ../nbs/08_occlusion.ipynb #cb90abe6
+# %% ../nbs/08_occlusion.ipynb #cf6ccc12
 def _sides(value):
     sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
     return all(type(side) is int and side >= 1 for side in sides)
 
-# %% ../nbs/08_occlusion.ipynb #9ce028be
+# %% ../nbs/08_occlusion.ipynb #cee2ad71
 def _between(value, low, high):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
-# %% ../nbs/08_occlusion.ipynb #fc810095
+# %% ../nbs/08_occlusion.ipynb #3d7f3098
 RULES = {
     "share": (lambda v: _between(v, 0, 1), "a number from 0 to 1"),
     "width": (lambda v: _between(v, 0, 1) and v > 0, "a share of the image's width above 0 and up to 1"),
@@ -47,7 +47,7 @@ RULES = {
     "seed": (lambda v: type(v) is int, "a whole number"),
 }
 
-# %% ../nbs/08_occlusion.ipynb #e65aba74
+# %% ../nbs/08_occlusion.ipynb #77d60c07
 def check_fields(
     condition,  # a dataclass with a kind; its fields are keys of RULES or CHOICES
 ):
@@ -58,10 +58,10 @@ def check_fields(
         elif not RULES[name][0](value):
             raise InputError(f"{name} {value!r} of {condition.kind} is impossible. Give {RULES[name][1]}.")
 
-# %% ../nbs/08_occlusion.ipynb #58aaa417
+# %% ../nbs/08_occlusion.ipynb #967f5076
 MAPS = {"donor": "b 3 h w, images of another class", "mask": "b 1 h w, 1 on the object", "saliency": "b 1 h w, from 0 up"}
 
-# %% ../nbs/08_occlusion.ipynb #5925b0aa
+# %% ../nbs/08_occlusion.ipynb #199a9e35
 def take_map(
     condition,  # which needs the map
     key: str,  # of MAPS
@@ -72,7 +72,7 @@ def take_map(
         raise InputError(f"{condition.name} needs the map {key!r} and was given {sorted(maps or {})}. Call it with maps={{{key!r}: {MAPS[key]}}}.")
     return maps[key]
 
-# %% ../nbs/08_occlusion.ipynb #c08c4acb
+# %% ../nbs/08_occlusion.ipynb #cbdb933d
 def check_batch(
     condition,  # that is called
     images: Tensor,  # float b 3 h w in [0, 1]
@@ -83,15 +83,16 @@ def check_batch(
     plain = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
     if not plain or ids.shape != images.shape[:1] or ids.is_floating_point():
         raise InputError(f"images {tuple(images.shape)} {images.dtype} and ids {tuple(ids.shape)} {ids.dtype} do not go together. Give float images b 3 h w and a whole number for each.")
-    low, high = images.aminmax() if images.numel() else (0, 0)
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"images run from {low:.3g} to {high:.3g}. Give them in [0, 1] and normalise after the condition.")
     for key in condition.needs:
         found, wanted = tuple(take_map(condition, key, maps).shape), (len(ids), 3 if key == "donor" else 1, *images.shape[2:])
         if found != wanted:
             raise InputError(f"the map {key!r} of {condition.name} is {found}. Give {wanted}: {MAPS[key]}.")
+    for what, given in (("images", images), *(("donors", maps[key]) for key in condition.needs if key == "donor")):
+        low, high = torch.stack(given.aminmax()).tolist() if given.numel() else (0, 0)
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"{what} run from {low:.3g} to {high:.3g}. Give them in [0, 1] and normalise after the condition.")
 
-# %% ../nbs/08_occlusion.ipynb #cc587987
+# %% ../nbs/08_occlusion.ipynb #ee616e45
 def name_of(
     *parts: str | int | float | tuple[int, int],  # kind first; a float is a share and reads in per cent
     seed: int = 0,  # named unless 0
@@ -100,7 +101,7 @@ def name_of(
     words = [f"{100 * p:.6g}" if isinstance(p, float) else "x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in parts]
     return "-".join(words + [f"seed{seed}"] * (seed != 0))
 
-# %% ../nbs/08_occlusion.ipynb #9e81c27b
+# %% ../nbs/08_occlusion.ipynb #1aac5239
 def settings_of(
     condition,  # a dataclass with a kind
     x: float = 0.0,  # abscissa in the paper's plot
@@ -111,7 +112,7 @@ def settings_of(
     held = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(condition).items()}
     return {"kind": condition.kind, "grid": None} | held | {"x": float(x), "share": float(share), "true_share": float(true_share)}
 
-# %% ../nbs/08_occlusion.ipynb #e40fcbb6
+# %% ../nbs/08_occlusion.ipynb #4f120c46
 @dataclass(frozen=True)
 class Clean:
     "The images as they are: where every curve begins."
@@ -125,7 +126,7 @@ class Clean:
         check_batch(self, images, ids, maps)
         return images
 
-# %% ../nbs/08_occlusion.ipynb #b47b56e7
+# %% ../nbs/08_occlusion.ipynb #5441da2e
 @dataclass(frozen=True)
 class Replace:
     "Patch replacement: patches of another image at their own places (page, plots \"(g, g) Patch Mixing\")."
@@ -159,7 +160,7 @@ class Replace:
         check_batch(self, images, ids, maps)
         return replace_patches(images, maps["donor"], self.mask(ids), self.grid)
 
-# %% ../nbs/08_occlusion.ipynb #87642a21
+# %% ../nbs/08_occlusion.ipynb #bc9dd3aa
 @dataclass(frozen=True)
 class Drop:
     "Patch drop of Naseer et al. 2021: patches filled with one colour."
@@ -198,7 +199,7 @@ class Drop:
         check_batch(self, images, ids, maps)
         return drop_patches(images, self.mask(ids, maps), FILLS[self.fill], self.grid)
 
-# %% ../nbs/08_occlusion.ipynb #34cd96d3
+# %% ../nbs/08_occlusion.ipynb #a1e6af08
 @dataclass(frozen=True)
 class Permute:
     "Patch permutation of Naseer et al. 2021: the patches in another order."
@@ -226,7 +227,7 @@ class Permute:
         order = patch_order(ids, self.grid, self.seed, self.kind) if self.per_image else one_order(self.grid, self.seed, self.kind)
         return permute_patches(images, order, self.grid)
 
-# %% ../nbs/08_occlusion.ipynb #eeda1f18
+# %% ../nbs/08_occlusion.ipynb #7e940664
 def bar_columns(
     w: int,  # image width, px
     width: float,  # of the bar, share of w
@@ -237,7 +238,7 @@ def bar_columns(
     centres = torch.arange(w) + 0.5
     return (left <= centres) & (centres < right)
 
-# %% ../nbs/08_occlusion.ipynb #88b2d927
+# %% ../nbs/08_occlusion.ipynb #0f57e72c
 def paint_colours(
     ids: Tensor,  # int64 b
     colour: str,  # "red", "blue" or "drawn"
@@ -248,7 +249,7 @@ def paint_colours(
     drawn = torch.where(keyed_rand(ids, (1,), seed, "slide") < 0.5, red, blue)
     return {"red": red, "blue": blue, "drawn": drawn}[colour]
 
-# %% ../nbs/08_occlusion.ipynb #9db9e849
+# %% ../nbs/08_occlusion.ipynb #9bb65c03
 @dataclass(frozen=True)
 class Slide:
     "A painted bar before the image, like the blocks of ROD."
@@ -277,10 +278,10 @@ class Slide:
         bar = bar_columns(images.shape[3], self.width, self.x).to(images.device)
         return torch.where(bar, paint_colours(ids, self.colour, self.seed).to(images)[:, :, None, None], images)
 
-# %% ../nbs/08_occlusion.ipynb #19e306c6
+# %% ../nbs/08_occlusion.ipynb #b6045bb2
 CONDITIONS = {condition.kind: condition for condition in (Clean, Replace, Drop, Permute, Slide)}
 
-# %% ../nbs/08_occlusion.ipynb #573fc190
+# %% ../nbs/08_occlusion.ipynb #cfd22e47
 def condition_from(
     settings: dict,  # from `settings()` of a condition, also after JSON
 ):  # the condition
@@ -291,7 +292,7 @@ def condition_from(
         raise InputError(f"the settings of {kind.kind} lack {', '.join(missing)}. Give all of {', '.join(names)}.")
     return kind(**{name: tuple(v) if isinstance(v := settings[name], list) else v for name in names})
 
-# %% ../nbs/08_occlusion.ipynb #b1254320
+# %% ../nbs/08_occlusion.ipynb #1604fd0e
 def paper_grid(
     seed: int = 0,  # of all draws
 ) -> tuple:  # conditions

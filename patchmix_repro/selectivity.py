@@ -6,7 +6,7 @@
 __all__ = ['BASELINES', 'context_pixels', 'unit_scale', 'patch_selectivity', 'chance_map', 'gauss_map', 'three_maps',
            'with_baselines', 'selectivity_table', 'Curve', 'deletion', 'insertion']
 
-# %% ../nbs/13a_selectivity.ipynb #e13bbc6b
+# %% ../nbs/13a_selectivity.ipynb #4ab3112b
 from typing import NamedTuple
 
 import pandas as pd
@@ -19,11 +19,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from .core import InputError, NonFiniteError, choose
 from .draws import keyed_rand
+from .parameters import fits
 from .patches import grid_sides, patch_sides
 from .saliency import class_ids, evaluating
 from .stats import Interval, mean_interval
 
-# %% ../nbs/13a_selectivity.ipynb #11c74bdd
+# %% ../nbs/13a_selectivity.ipynb #8be0d988
 def context_pixels(
     in_context: Tensor,  # bool b 1 h w, or b n patches of a square grid: True where the image is its own
     h: int,  # image height, px
@@ -41,7 +42,7 @@ def context_pixels(
         raise InputError(f"in_context is all {bool(share[bad[0]])} for image {bad[0]}. Give masks with pixels on both sides; selectivity compares the two.")
     return in_context[:, 0]
 
-# %% ../nbs/13a_selectivity.ipynb #20e21417
+# %% ../nbs/13a_selectivity.ipynb #0b5394d4
 def unit_scale(
     map: Tensor,  # float b h w, any scale
 ) -> Tensor:  # float64 b h w in [0, 1]
@@ -55,7 +56,7 @@ def unit_scale(
         raise InputError(f"the map of image {bad[0]} is constant and prefers no pixel. Use more masks, or leave the image out and say so.")
     return (map.double() - low) / (high - low)
 
-# %% ../nbs/13a_selectivity.ipynb #5480f115
+# %% ../nbs/13a_selectivity.ipynb #27ec7e5f
 def patch_selectivity(
     map: Tensor,  # float b h w, a heat map for the class of the in-context image
     in_context: Tensor,  # bool b 1 h w, or b n patches of a square grid
@@ -69,7 +70,7 @@ def patch_selectivity(
     mean = (1 + within / area - (total - within) / (1 - area)) / 2
     return pd.DataFrame({"share": 1 - area, "mass": mass, "mean": mean})
 
-# %% ../nbs/13a_selectivity.ipynb #63df75e1
+# %% ../nbs/13a_selectivity.ipynb #f1e0c9ca
 def chance_map(
     ids: Tensor,  # int64 b, the images' numbers in their set
     h: int,  # image height, px
@@ -80,7 +81,7 @@ def chance_map(
     "Uniform noise on grid x grid cells, bilinearly enlarged."
     return F.interpolate(keyed_rand(ids, (1, grid, grid), seed, "chance map", grid), (h, w), mode="bilinear")[:, 0]
 
-# %% ../nbs/13a_selectivity.ipynb #f569641a
+# %% ../nbs/13a_selectivity.ipynb #66a4a508
 def gauss_map(
     b: int,  # number of images
     h: int,  # image height, px
@@ -91,7 +92,7 @@ def gauss_map(
     y, x = ((torch.arange(side) + 0.5) / side - 0.5 for side in (h, w))
     return torch.exp(-(y[:, None] ** 2 + x**2) / (2 * width**2)).expand(b, h, w)
 
-# %% ../nbs/13a_selectivity.ipynb #9c122d35
+# %% ../nbs/13a_selectivity.ipynb #d3116c5f
 def three_maps(
     map: Tensor,  # float b h w
     ids: Tensor,  # int64 b, the images' numbers in their set
@@ -101,7 +102,7 @@ def three_maps(
     b, h, w = map.shape
     return {"": map, "_chance": chance_map(ids, h, w, seed), "_gauss": gauss_map(b, h, w)}
 
-# %% ../nbs/13a_selectivity.ipynb #6c787a77
+# %% ../nbs/13a_selectivity.ipynb #5f09c0d6
 def with_baselines(
     map: Tensor,  # float b h w
     in_context: Tensor,  # bool b 1 h w, or b n
@@ -112,7 +113,7 @@ def with_baselines(
     found = {end: patch_selectivity(one, in_context) for end, one in three_maps(map, ids, seed).items()}
     return pd.concat([found[""]["share"], *(one[["mass", "mean"]].add_suffix(end) for end, one in found.items())], axis=1)
 
-# %% ../nbs/13a_selectivity.ipynb #7104f4d8
+# %% ../nbs/13a_selectivity.ipynb #c1006bb6
 def selectivity_table(
     rows: pd.DataFrame,  # from `with_baselines` or `selectivity_run`, at least two images
     level: float = 0.95,  # of the intervals
@@ -123,7 +124,7 @@ def selectivity_table(
     found = [(reading, name, *mean_interval(rows[reading + end], level)) for reading in readings for name, end in maps.items()]
     return pd.DataFrame(found, columns=["reading", "map", *Interval._fields])
 
-# %% ../nbs/13a_selectivity.ipynb #f87926d8
+# %% ../nbs/13a_selectivity.ipynb #8e4a4435
 class Curve(NamedTuple):
     "The target's probability while pixels change, the most salient first."
 
@@ -131,16 +132,16 @@ class Curve(NamedTuple):
     score: Tensor  # float b steps + 1: probability of the target
     auc: Tensor  # float b: area under the curve, trapezoids
 
-# %% ../nbs/13a_selectivity.ipynb #4549c15b
+# %% ../nbs/13a_selectivity.ipynb #3f0ac549
 def _blur(x):
     if min(x.shape[-2:]) < 6:
         raise InputError(f"the blur of 11 x 11 pixels needs sides from 6 px, the images have {tuple(x.shape[-2:])}. Use baseline='zero'.")
     return gaussian_blur(x, [11, 11], [5.0, 5.0])
 
-# %% ../nbs/13a_selectivity.ipynb #a3ca709f
+# %% ../nbs/13a_selectivity.ipynb #2f0e7189
 BASELINES = {"zero": torch.zeros_like, "blur": _blur}
 
-# %% ../nbs/13a_selectivity.ipynb #9d701860
+# %% ../nbs/13a_selectivity.ipynb #706db1bd
 def _softmax(model, x):
     with evaluating(model, x):
         found = model(x).softmax(1)
@@ -148,16 +149,20 @@ def _softmax(model, x):
         raise NonFiniteError("the network's outputs are NaN or infinite. Check its weights, its precision and the normalisation of x.")
     return found
 
-# %% ../nbs/13a_selectivity.ipynb #f9f11f88
+# %% ../nbs/13a_selectivity.ipynb #8aa3e6c5
 def _classes(model, x, target):
     found = _softmax(model, x)
     return found.argmax(1) if target is None else class_ids("target", target, found)
 
-# %% ../nbs/13a_selectivity.ipynb #c7ca80f9
+# %% ../nbs/13a_selectivity.ipynb #1d9f9be8
 def _curve(model, start, finish, map, target, steps, batch_size):
     b, _, h, w = start.shape
-    if steps < 1 or map.shape != (b, h, w):
-        raise InputError(f"{steps} steps over maps {tuple(map.shape)} for images {(b, h, w)}. Give one map an image, of its size, and at least one step.")
+    steps = h if steps is None else steps
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if not fits(value, int) or value < 1:
+            raise InputError(f"{name} is {value!r}. Give a whole number, at least one.")
+    if map.shape != (b, h, w):
+        raise InputError(f"maps {tuple(map.shape)} for images {(b, h, w)}. Give one map an image, of its size.")
     rank = unit_scale(map).to(start.device).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view(b, 1, h, w)
     count, scores = torch.arange(steps + 1) * (h * w) // steps, []
     for rows in torch.cartesian_prod(torch.arange(b), count).to(start.device).split(batch_size):
@@ -167,7 +172,7 @@ def _curve(model, start, finish, map, target, steps, batch_size):
     score, fraction = torch.cat(scores).view(b, steps + 1).cpu(), count.double() / (h * w)
     return Curve(fraction, score, torch.trapezoid(score.double(), fraction))
 
-# %% ../nbs/13a_selectivity.ipynb #4a8e237e
+# %% ../nbs/13a_selectivity.ipynb #01fae228
 def deletion(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w, as the model takes it
@@ -179,9 +184,9 @@ def deletion(
 ) -> Curve:
     "RISE's deletion: pixels vanish, the most salient first; a good map has a small area."
     nothing = choose("baseline", baseline, BASELINES)(x)
-    return _curve(model, x, nothing, map, _classes(model, x, target), steps or x.shape[2], batch_size)
+    return _curve(model, x, nothing, map, _classes(model, x, target), steps, batch_size)
 
-# %% ../nbs/13a_selectivity.ipynb #2caa8bb9
+# %% ../nbs/13a_selectivity.ipynb #adc127fa
 def insertion(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w, as the model takes it
@@ -193,4 +198,4 @@ def insertion(
 ) -> Curve:
     "RISE's insertion: pixels come back, the most salient first; a good map has a large area."
     nothing = choose("baseline", baseline, BASELINES)(x)
-    return _curve(model, nothing, x, map, _classes(model, x, target), steps or x.shape[2], batch_size)
+    return _curve(model, nothing, x, map, _classes(model, x, target), steps, batch_size)

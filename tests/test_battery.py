@@ -22,7 +22,7 @@ from patchmix_repro.evaluation import BATCH, compare, correct_table, evaluate, i
 from patchmix_repro.files import ImageSet
 from patchmix_repro.filing import battery_config, file_battery, filed, long_rows, measure_battery, note_of, wide_images
 from patchmix_repro.occlusion import Clean, Drop, Permute, Replace, donor_ids
-from patchmix_repro.parts import weights_hash
+from patchmix_repro.parts import Filing, Parts, weights_hash
 
 N, SIDE, K = 1100, 28, 5
 CONDITIONS = (Clean(), Replace(0.3), Replace(0.5, grid=7), Drop(0.4), Drop(0.4, which="salient"), Permute(4))
@@ -112,9 +112,8 @@ def test_the_pictures_do_not_depend_on_the_batch(batch_size):
     for b in (40, batch_size):
         model = Linear(spy=True)
         evaluate(model, few, conditions, batch_size=b)
-        slices = [model.seen[i::len(conditions)] for i in range(len(conditions))]
-        shown[b] = [torch.cat(parts) for parts in slices]
-    assert all(torch.equal(a, b) for a, b in zip(*shown.values()))
+        shown[b] = list(torch.cat(model.seen).split(40))  # condition after condition
+    assert [len(found) for found in shown.values()] == [len(conditions)] * len(shown) and all(torch.equal(a, b) for a, b in zip(*shown.values()))
 
 
 def test_the_pictures_are_the_same_for_every_model(dataset):
@@ -191,10 +190,18 @@ def test_a_thousand_classes_through_a_map(dataset):
     assert found.prediction.isin(range(-1, K)).all() and (found.prediction == -1).mean() > 0.9 and not found.correct[found.prediction == -1].any()
 
 
-@pytest.mark.parametrize("class_map", [torch.tensor([0, K]), torch.tensor([-2, 0]), torch.tensor([0.0, 1.0]), torch.zeros(2, 2, dtype=torch.long)])
+@pytest.mark.parametrize("class_map", [torch.tensor([0, K]), torch.tensor([-2, 0]), torch.tensor([0.0, 1.0]), torch.zeros(2, 2, dtype=torch.long), torch.tensor(0), [], [True, False]])
 def test_an_impossible_class_map(dataset, class_map):
     with pytest.raises(InputError, match="one integer per class of the model"):
         evaluate(Linear(), dataset, (Clean(),), class_map=class_map)
+
+
+@pytest.mark.parametrize(("class_map", "words"), [([-1] * K, "5 of the labels"), ([0, 1, 3, 4, -1], "can only be wrong: c2. Map"), (range(K - 1), "c4")])
+def test_a_class_map_reaches_every_label(dataset, class_map, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(Linear(), dataset, (Clean(),), class_map=torch.tensor(class_map))
+    few = images(20, labels=np.array([0, 1] * 10))
+    assert len(evaluate(Linear(), few, (Clean(),), class_map=torch.tensor([1, 0, -1, -1, -1]))) == 20, "classes without an image need no class of the model"
 
 
 # ---- what may go wrong ----
@@ -212,6 +219,14 @@ def test_wrong_input(dataset):
         evaluate(Linear(), dataset, (Clean(),), batch_size=0)
     with pytest.raises(InputError, match="grid 8 x 8 does not divide a 28 x 28 image"):
         evaluate(Linear(), dataset, (Permute(8),), limit=20)
+    for name, values in {"limit": (2.5, True, 0, "9"), "seed": (1.5, "0", False)}.items():
+        for value in values:
+            with pytest.raises(InputError, match=f"{name} {value!r}.* whole number"):
+                evaluate(Linear(), dataset, (Clean(),), **{name: value})
+    for conditions in (Clean(), "clean", (Clean(), "drop"), (Clean,), 3):
+        with pytest.raises(InputError, match="a tuple of conditions"):
+            evaluate(Linear(), dataset, conditions)
+    assert len(evaluate(Linear(), dataset, iter([Clean()]), limit=np.int64(9), seed=np.int64(1))) == 9
     with pytest.raises(InputError, match="all 30 images of the block are of class 1"):
         evaluate(Linear(), images(30, labels=np.ones(30, int)), (Replace(0.3),))
 
@@ -284,6 +299,31 @@ def test_what_was_measured_survives_a_nan(tmp_path, dataset, rows):
     assert model.left == 999 - len(CONDITIONS) * (forward_passes(N) - forward_passes(BLOCK))
     pd.testing.assert_frame_equal(resumed, rows, check_exact=True)
     assert evaluate(model, dataset, CONDITIONS, out=tmp_path).equals(resumed)
+
+
+@pytest.mark.parametrize("done", range(1, len(CONDITIONS)))
+def test_conditions_that_were_finished_survive_a_nan_in_their_block(tmp_path, done):
+    model, few = Fragile(), images(70)
+    model.left = 3 * done + 1
+    with pytest.raises(NonFiniteError, match=f"under {CONDITIONS[done].name}"):
+        evaluate(model, few, CONDITIONS, out=tmp_path)
+    model.left = 999
+    resumed = evaluate(model, few, CONDITIONS, out=tmp_path)
+    assert model.left == 999 - 3 * (len(CONDITIONS) - done)
+    pd.testing.assert_frame_equal(resumed, evaluate(Linear(), few, CONDITIONS), check_exact=True)
+
+
+@pytest.mark.parametrize(("every", "parts"), [(0, 3), (3600, 1)])
+def test_a_long_block_is_written_now_and_then(tmp_path, every, parts):
+    ids, prints = torch.arange(4), {"a": "0", "b": "1", "c": "2"}
+    place, rows = Parts(tmp_path, {"seed": 0}, prints), pd.DataFrame({"id": ids.numpy(), "correct": True})
+    with Filing(place, ids, every) as filing:
+        for name in prints:
+            filing.add(name, rows)
+            assert len(list(tmp_path.glob("parts/part-*"))) == (0 if every else len(place.rows))
+    assert len(list(tmp_path.glob("parts/part-*"))) == parts
+    again = Parts(tmp_path, {"seed": 0}, prints)
+    assert again.frame([ids]).equals(place.frame([ids])) and len(again.frame([ids])) == 12
 
 
 def test_new_conditions_join_old_parts(tmp_path, dataset, rows):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from patchmix_repro import store
 from patchmix_repro.config import train_config
 from patchmix_repro.core import InputError, NonFiniteError
-from patchmix_repro.data import create_dataset
-from patchmix_repro.evaluation import accuracy, evaluate, image_rows
+from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset, normalize
+from patchmix_repro.evaluation import accuracy, evaluate, image_rows, in_eval_mode
 from patchmix_repro.filing import measure
 from patchmix_repro.models import create_model
 from patchmix_repro.training import train
@@ -44,21 +44,48 @@ def test_every_sample_once_in_order():
     dataset, seen = create_dataset("shapes9", "val", 56), []
 
     class Spy(torch.nn.Module):
+        pretrained_cfg = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
         def forward(self, x):
             seen.extend(x[:, 0].double().sum((1, 2)).tolist())
             return torch.zeros(len(x), 9)
 
     rows = evaluate(Spy(), dataset, batch_size=300)
-    from patchmix_repro.data import normalize
     expected = normalize(dataset.images)[:, 0].double().sum((1, 2)).tolist()
     assert seen == pytest.approx(expected) and rows.file.tolist() == dataset.manifest.file.tolist()
 
 
 def test_wrong_models_are_refused():
-    with pytest.raises(InputError, match="classes the model was trained on"):
-        evaluate(create_model("convmixer", num_classes=3), create_dataset("shapes9", "val", 56))
+    model, dataset = create_model("convmixer", num_classes=3), create_dataset("shapes9", "val", 56)
+    with pytest.raises(InputError, match="mean= and std="):
+        evaluate(model, dataset)
+    with pytest.raises(InputError, match=r"shape \(\d+, 3\).*classes the model was trained on"):
+        evaluate(model, dataset, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    with pytest.raises(InputError, match=r"shape \(2,\)"):
+        image_rows(torch.zeros(2), Labelled([0, 1], 2))
     with pytest.raises(NonFiniteError, match="1.png"):
         image_rows(torch.tensor([[1.0, 0.0], [float("inf"), 0.0]]), Labelled([0, 1], 2))
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    (lambda x: x.mean((1, 2, 3)), r"returns \(20,\) for 20 images"), (lambda x: (x.flatten(1)[:, :9],), "returns tuple"), (lambda x: x[:1].flatten(1)[:, :9], r"returns \(1, 9\)"),
+    (lambda x: {"logits": x}, "returns dict"), (lambda x: x.sum(), "returns Tensor"),
+])
+def test_answers_that_are_no_logits(answer, words):
+    class Answers(torch.nn.Module):
+        def forward(self, x):
+            return answer(x)
+
+    with pytest.raises(InputError, match=words + ".*logits b k"):
+        evaluate(Answers(), create_dataset("shapes9", "val", 56), mean=IMAGENET_MEAN, std=IMAGENET_STD, limit=20)
+
+
+def test_every_module_gets_its_own_mode_back():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3).eval(), torch.nn.Dropout())
+    with pytest.raises(KeyError), in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, False, True]
 
 
 def test_a_torn_record_is_measured_again(tmp_path):

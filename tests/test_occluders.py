@@ -1,6 +1,7 @@
 """Cut-outs: what is loaded, how they are resized and turned, what they cover, and plans that depend on their key alone."""
 import hashlib
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,37 @@ def test_shares_of_image_and_object_by_hand(tmp_path):
         cut_out(plan[0]._replace(file="blue.png"), occluders)
 
 
+@pytest.mark.parametrize("wrong", [
+    np.zeros((20, 20, 3)), np.zeros((20, 20), np.uint8), np.zeros((20, 20, 4), np.uint8), np.zeros((3, 20, 20), np.uint8), Image.new("RGB", (20, 20)),
+])
+def test_a_picture_is_uint8_rgb(wrong):
+    piece = Piece("key/0.png", "key", 50, 0.0, 10, 10)
+    for call in (lambda: occlude(wrong, (piece,), EMBEDDED), lambda: paste(wrong, [solid(2, 2)], [(1, 1)])):
+        with pytest.raises(InputError, match="the picture is .*uint8 h w 3"):
+            call()
+
+
+@pytest.mark.parametrize("x, y", [(-500, -500), (10, 300), (float("nan"), 5), (0.5, 0.5), ("3", 3)])
+def test_a_cut_out_outside_the_picture_is_an_error(x, y):
+    with pytest.raises(InputError, match="leaves it outside the image.*0 to 30.*0 to 20"):
+        occlude(np.zeros((20, 30, 3), np.uint8), (Piece("key/0.png", "key", 50, 0.0, x, y),), EMBEDDED)
+
+
+def test_a_plan_is_for_its_frame():
+    plan = plan_occlusion(EMBEDDED, (56, 56), 0.2, 2)
+    with pytest.raises(InputError, match="images of 56 x 56 px, this one has 112 x 112"):
+        occlude(np.zeros((112, 112, 3), np.uint8), plan, EMBEDDED)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert (plan.frame, copy.frame, copy) == ((56, 56), (56, 56), plan)
+    assert occlude(np.zeros((112, 112, 3), np.uint8), tuple(plan), EMBEDDED).mask.any(), "rows of a table know no frame"
+
+
+@pytest.mark.parametrize("angle", [float("nan"), float("inf"), "30", None])
+def test_an_angle_is_a_finite_number(angle):
+    with pytest.raises(InputError, match="Give degrees, a finite number"):
+        occlude(np.zeros((20, 20, 3), np.uint8), (Piece("key/0.png", "key", 50, angle, 5, 5),), EMBEDDED)
+
+
 # ---- plans ----
 
 @given(st.data())
@@ -299,6 +331,9 @@ def test_given_angles_and_places_are_kept():
     (dict(area=0), "above 0, below 1"), (dict(area=1.0), "above 0, below 1"), (dict(area=float("nan")), "above 0"), (dict(area="0.2"), "above 0"),
     (dict(number=0), "from 1 to 64"), (dict(number=2.0), "from 1 to 64"), (dict(rule="kept"), "did you mean 'keep'"), (dict(edge="harder"), "did you mean 'hard'"),
     (dict(angles=(1.0, 2.0)), "2 angles for 1"), (dict(positions=()), "0 positions for 1"),
+    (dict(angles=(float("nan"),)), "angles hold nan"), (dict(angles=("30",)), "degrees, finite"), (dict(angles=30.0), "no list of angles for 1"),
+    (dict(positions=((3, 3),)), "shares of width and height, 0 to 1"), (dict(positions=((-0.1, 0.5),)), "0 to 1"), (dict(positions=((0.5, float("nan")),)), "0 to 1"),
+    (dict(positions=(0.5,)), "0 to 1"),
 ])
 def test_impossible_plans_name_the_remedy(wrong, words):
     with pytest.raises(InputError) as error:

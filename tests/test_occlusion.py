@@ -374,6 +374,8 @@ X, MAPS, TWO = *batch(2), torch.tensor([5, 6])
         (lambda: Drop(0.3, 7, which="salient")(X, TWO, {"mask": X[:, :1] * float("nan")}), "negative or NaN"),
         (lambda: Replace(0.3)(X[..., :27, :27], TWO, {"donor": X[..., :27, :27]}), "grid 14 x 14 does not divide a 27 x 27 image"),
         (lambda: Permute(8)(X, TWO), "grid 8 x 8 does not divide"),
+        (lambda: Replace(0.3)(X, TWO, {"donor": X * 255}), r"donors run from .*Give them in \[0, 1\]"),
+        (lambda: Replace(0.3)(X, TWO, {"donor": X * torch.nan}), "donors run from nan"),
         (lambda: Drop(0.3)(X * 255, TWO), r"run from .* to .*Give them in \[0, 1\] and normalise after"),
         (lambda: Drop(0.3)(X * float("nan"), TWO), "run from nan"),
         (lambda: Slide()(X.mul(255).byte(), TWO), "torch.uint8 .* Give float images b 3 h w"),

@@ -123,6 +123,12 @@ def test_a_callers_autocast_does_not_round_the_masks():
     assert not torch.equal(half.map, plain.map) and torch.allclose(half.map, plain.map, atol=0.02)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("torch.float16", torch.float16), ("float32", None), (torch.float32, None), ("auto", None)])
+def test_types_have_names(name, dtype):
+    model, x = Linear(), photos()
+    assert torch.equal(rise(model, x, num_masks=40, dtype=name).map, rise(model, x, num_masks=40, dtype=dtype).map)
+
+
 class Cramped(Linear):
     "A device whose memory holds 8 images."
 
@@ -223,10 +229,13 @@ def test_the_runner_up_is_the_best_other_class_of_the_whole_image():
     ("options", "words"),
     [
         ({"keep": 0.0}, "0 < keep < 1"), ({"keep": 1}, "0 < keep < 1"), ({"num_masks": 1}, "from 2"), ({"num_masks": 10.0}, "from 2"),
-        ({"grid": 1}, "at least 2"), ({"grid": 0}, "no patches"), ({"batch_size": 0}, "'auto'"), ({"batch_size": "all"}, "'auto'"),
+        ({"grid": 1}, "at least 2"), ({"grid": 0}, "at least 2"), ({"batch_size": 0}, "'auto'"), ({"batch_size": "all"}, "'auto'"),
         ({"tolerance": 0.0}, "above 0"), ({"tolerance": -1}, "above 0"), ({"method": "antithetic"}, "unknown method"), ({"score": "energy"}, "unknown score"),
         ({"target": 4}, "0 to 3"), ({"target": torch.tensor([-1, 0])}, "0 to 3"), ({"target": torch.tensor([1, 2, 3])}, "each of the 2"),
         ({"target": torch.tensor([0.0, 1.0])}, "int64"), ({"target": "each"}, "unknown target"),
+        ({"keep": "0.5"}, "0 < keep < 1"), ({"keep": math.nan}, "0 < keep < 1"), ({"tolerance": "a"}, "above 0"), ({"tolerance": True}, "above 0"),
+        ({"seed": 1.5}, "seed is 1.5"), ({"seed": "0"}, "seed is '0'"), ({"seed": True}, "seed is True"), ({"grid": 7.5}, "at least 2"), ({"grid": (7, 7, 7)}, "a pair"),
+        ({"dtype": "float8"}, "torch.bfloat16"), ({"dtype": torch.float64}, "torch.bfloat16"), ({"dtype": torch.int64}, "'auto', None"), ({"dtype": 16}, "'auto', None"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
@@ -238,12 +247,15 @@ def test_impossible_options_are_refused(options, words):
     ("options", "words"),
     [
         ({}, "without donor"), ({"donor": 9}, "0 to 3"), ({"donor": torch.tensor([0, 1])}, "1 of 2"), ({"contrast": "others"}, "unknown contrast"),
-        ({"contrast": torch.tensor([1, 7])}, "0 to 3"), ({"contrast": "rest", "score": "p"}, "unknown score"),
+        ({"contrast": torch.tensor([1, 7])}, "0 to 3"), ({"contrast": "rest", "score": "p"}, "unknown score"), ({"contrast": None}, "unknown contrast None"),
+        ({"contrast": {}}, "contrast is {}.*int64 class ids"), ({"donor": "cat"}, "donor is 'cat'"),
     ],
 )
 def test_impossible_contrasts_are_refused(options, words):
     with pytest.raises(InputError, match=words):
         crise(Linear(), photos(), torch.tensor([0, 2]), num_masks=10, **options)
+    with pytest.raises(InputError, match="target is 'all'"):
+        crise(Linear(), photos(), "all", 0, num_masks=10)
     with pytest.raises(TypeError, match="masks"):
         crise(Linear(), photos(), 0, 1, masks=10)
 

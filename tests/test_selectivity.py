@@ -249,7 +249,12 @@ def test_insertion_begins_with_a_blur():
     (lambda m, x, h: deletion(m, x, h, target=0.5), "float32"),
     (lambda m, x, h: deletion(m, x, h, target=torch.tensor([0, 1, 0])), "one for each of the 2 images"),
     (lambda m, x, h: deletion(m, x, h[:, :3]), "of its size"),
-    (lambda m, x, h: deletion(m, x, h, steps=-1), "at least one step"),
+    (lambda m, x, h: deletion(m, x, h, steps=-1), "steps is -1.*at least one"),
+    (lambda m, x, h: deletion(m, x, h, steps=0), "steps is 0"),
+    (lambda m, x, h: insertion(m, x, h, steps=1.5, baseline="zero"), "steps is 1.5"),
+    (lambda m, x, h: deletion(m, x, h, steps=True), "steps is True"),
+    (lambda m, x, h: deletion(m, x, h, batch_size=0), "batch_size is 0"),
+    (lambda m, x, h: deletion(m, x, h, batch_size="auto"), "batch_size is 'auto'"),
     (lambda m, x, h: deletion(m, x, torch.ones_like(h)), "constant"),
     (lambda m, x, h: insertion(m, x, h), "baseline='zero'"),
 ])
