@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'RULE', 'curve_of', 'networks_of', 'rows_of', 'load_battery', 'coverage', 'on_curve', 'by_seed', 'drop_table',
            'kind_means', 'Claim', 'published_difference', 'verdicts', 'sentences', 'verdict_table']
 
-# %% ../nbs/14a_claims.ipynb #9c2a742c
+# %% ../nbs/14a_claims.ipynb #1f916c8c
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ from .core import InputError, choose
 from .ledger import CURVES, FAMILY, TRAINING, curve
 from .stats import compare_seeds, equivalence, holm, mean_interval
 
-# %% ../nbs/14a_claims.ipynb #f8dd58fc
+# %% ../nbs/14a_claims.ipynb #3987a115
 _CURVE = {
     r"clean": "clean", r"replace-14-[\d.]+": "replacement-14", r"replace-7-[\d.]+": "replacement-7", r"permute-\d+": "permutation",
     r"drop-14-[\d.]+-black-random": "drop-14", r"paste-.*": "paste", r"slide-.*": "slide",
 }
 
-# %% ../nbs/14a_claims.ipynb #46b43667
+# %% ../nbs/14a_claims.ipynb #0d71d36a
 def curve_of(
     condition: str,  # a condition's name, such as "replace-14-30"
 ) -> str:  # "clean", one of `CURVES`, "paste", "slide", or the name itself
     "The curve on which a condition lies."
     return next((name for pattern, name in _CURVE.items() if re.fullmatch(pattern, condition)), condition)
 
-# %% ../nbs/14a_claims.ipynb #1ca5a8f5
+# %% ../nbs/14a_claims.ipynb #c66d7098
 _NETWORK = {"config.model": "model", "config.mixing": "mixing", "config.train_seed": "train_seed"}
 
-# %% ../nbs/14a_claims.ipynb #52b9a8ec
+# %% ../nbs/14a_claims.ipynb #08ce794d
 def networks_of(
     folder: str | Path,  # a store
     kind: str,  # of the records
@@ -58,7 +58,7 @@ def networks_of(
     places = found[["model", "mixing"]].map(order.index)
     return found.iloc[np.lexsort((found["train_seed"], places["mixing"], places["model"]))].reset_index(drop=True)
 
-# %% ../nbs/14a_claims.ipynb #1a9898bd
+# %% ../nbs/14a_claims.ipynb #48c82745
 def rows_of(
     folder: str | Path,  # a store
     kind: str,  # of the records
@@ -69,10 +69,10 @@ def rows_of(
     rows = store.read_table(folder, name, kind) if len(networks) else pd.DataFrame({"run_id": []}, dtype=networks["run_id"].dtype)
     return networks.merge(rows, on="run_id")
 
-# %% ../nbs/14a_claims.ipynb #c1da7d73
+# %% ../nbs/14a_claims.ipynb #8e2876bd
 _MEASURED = ["condition", "x", "n", "accuracy", "low", "high", "drop", "drop_normalised", "in_distribution", "discriminates", "reason"]
 
-# %% ../nbs/14a_claims.ipynb #7d733e16
+# %% ../nbs/14a_claims.ipynb #cf7bc604
 def load_battery(
     folder: str | Path,  # a store
     data: str,  # data set of the records
@@ -85,7 +85,7 @@ def load_battery(
     kept = 1 - rows["drop_normalised"].astype(float)
     return rows.assign(curve=rows["condition"].map(curve_of), x=rows["x"].astype(float).round(6), kept=kept)
 
-# %% ../nbs/14a_claims.ipynb #48bc89a1
+# %% ../nbs/14a_claims.ipynb #ff09d001
 def coverage(
     measured: pd.DataFrame,  # from `load_battery` or `ranks.load_selectivity`
     data: str,  # what was asked for
@@ -99,7 +99,7 @@ def coverage(
     images = "" if "n" not in measured else f"; {measured['n'].min():.0f} images each"
     return f"{data}, scale {scale}: {len(networks)} networks ({', '.join(parts)}){images}."
 
-# %% ../nbs/14a_claims.ipynb #5f727f3e
+# %% ../nbs/14a_claims.ipynb #65eeb8e2
 def on_curve(
     measured: pd.DataFrame,  # from `load_battery`
     name: str,  # one of `CURVES`
@@ -109,7 +109,7 @@ def on_curve(
     clean = measured[measured["curve"].eq("clean") & measured["run_id"].isin(rows["run_id"])].assign(x=0.0)
     return pd.concat([clean, rows], ignore_index=True).sort_values("x", kind="stable", ignore_index=True)
 
-# %% ../nbs/14a_claims.ipynb #512205e3
+# %% ../nbs/14a_claims.ipynb #741c9ef2
 def by_seed(
     measured: pd.DataFrame,  # rows with one network and place each
     value: str,  # the column to average
@@ -122,7 +122,7 @@ def by_seed(
         rows.append((*key, *(mean_interval(values) if len(values) > 1 else (*values, np.nan, np.nan, 1))))
     return pd.DataFrame(rows, columns=[*by, "estimate", "low", "high", "seeds"])
 
-# %% ../nbs/14a_claims.ipynb #d123f1f9
+# %% ../nbs/14a_claims.ipynb #757381e0
 def drop_table(
     rows: pd.DataFrame,  # from `on_curve`
 ) -> pd.DataFrame:  # index network, grid of training; a column a place
@@ -136,10 +136,10 @@ def drop_table(
     wide = means.assign(words=pd.Series(words, index=means.index, dtype=str))["words"].unstack("x").fillna("")
     return wide.rename(columns="{:g}".format)
 
-# %% ../nbs/14a_claims.ipynb #117f7b48
+# %% ../nbs/14a_claims.ipynb #ead61cb9
 KINDS = {"clean": "clean", "paste": "pasted occluders (SMD style)", "slide": "bar (ROD style)"}
 
-# %% ../nbs/14a_claims.ipynb #ec72187a
+# %% ../nbs/14a_claims.ipynb #450f4adf
 def kind_means(
     measured: pd.DataFrame,  # from `load_battery`
 ) -> pd.DataFrame:  # model, mixing, training, train_seed, curve, x (place in `KINDS`), accuracy, kept
@@ -148,7 +148,7 @@ def kind_means(
     means = rows.groupby(["model", "mixing", "training", "train_seed", "curve"], sort=False)[["accuracy", "kept"]].mean().reset_index()
     return means.assign(x=means["curve"].map(list(KINDS).index).astype(float))
 
-# %% ../nbs/14a_claims.ipynb #3e57ce80
+# %% ../nbs/14a_claims.ipynb #3887d6b7
 @dataclass(frozen=True)
 class Claim:
     "First keeps more than second, as much, or no less; a recipe is (model, mixing)."
@@ -162,28 +162,28 @@ class Claim:
     value: str = "kept"  # column that is compared
     margin: float = 0.05  # for "same" and "no less": the largest difference that does not matter, in the value's unit
 
-# %% ../nbs/14a_claims.ipynb #c922653c
+# %% ../nbs/14a_claims.ipynb #f0228b83
 RULE = ("shown", "shown opposite", "not shown", "cannot be tested", "not measured yet", "one seed")
 
-# %% ../nbs/14a_claims.ipynb #808e837d
+# %% ../nbs/14a_claims.ipynb #3d93eac5
 def _at(rows, claim, x):
     here = rows[rows["curve"].eq(claim.curve)] if x != 0 else rows[rows["curve"].eq("clean")]
     return here if x is None or x == 0 else here[here["x"].eq(x)]
 
-# %% ../nbs/14a_claims.ipynb #baf072b3
+# %% ../nbs/14a_claims.ipynb #eb4791ef
 def _per_seed(measured, recipe, claim):
     mine = measured[measured["model"].eq(recipe[0]) & measured["mixing"].eq(recipe[1])]
     found = _at(mine, claim, claim.x).groupby("train_seed")[claim.value].mean()
     return found if claim.beyond is None else (found - _at(mine, claim, claim.beyond).groupby("train_seed")[claim.value].mean()).dropna()
 
-# %% ../nbs/14a_claims.ipynb #cb147d7f
+# %% ../nbs/14a_claims.ipynb #12c27ec3
 def _blind(measured, claim):
     if claim.value != "kept" or "discriminates" not in measured:
         return False
     recipes = pd.MultiIndex.from_frame(measured[["model", "mixing"]]).isin([claim.first, claim.second])
     return not _at(measured[recipes], claim, claim.x)["discriminates"].astype(bool).any()
 
-# %% ../nbs/14a_claims.ipynb #4c6cc0cd
+# %% ../nbs/14a_claims.ipynb #b8c022e6
 def published_difference(
     claim: Claim,  # with its recipes, curve and place
 ) -> dict[str, float]:  # size, "T" or "S" -> first minus second; empty where nothing is published
@@ -198,7 +198,7 @@ def published_difference(
             found[size] = float(first.iloc[0] - second.iloc[0])
     return found
 
-# %% ../nbs/14a_claims.ipynb #78576d1d
+# %% ../nbs/14a_claims.ipynb #01a1fc86
 def _test(measured, claim):
     first, second = (_per_seed(measured, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
     state = "not measured yet" if not min(len(first), len(second)) else "one seed" if min(len(first), len(second)) < 2 else ""
@@ -216,7 +216,7 @@ def _test(measured, claim):
         row["p_value"] = row["p_value"] if beyond else 1.0
     return row
 
-# %% ../nbs/14a_claims.ipynb #fb73caac
+# %% ../nbs/14a_claims.ipynb #ccb8b773
 def _verdict(row):
     if row["state"]:
         return row["state"]
@@ -224,7 +224,7 @@ def _verdict(row):
         return "shown" if row["way"] > 0 and row["expect"] != "same" else "shown opposite"
     return "shown" if row["p_same_holm"] < 0.05 else "not shown"
 
-# %% ../nbs/14a_claims.ipynb #a204ac69
+# %% ../nbs/14a_claims.ipynb #f8803d9e
 def verdicts(
     measured: pd.DataFrame,  # model, mixing, train_seed, curve, x and the claims' columns
     claims: Sequence[Claim],  # of one page: Holm's family
@@ -240,7 +240,11 @@ def verdicts(
     table[["p_holm", "p_same_holm"]] = adjusted.reshape(-1, 2)
     return table.assign(verdict=table.apply(_verdict, axis=1)).drop(columns=["state", "expect", "way"])
 
-# %% ../nbs/14a_claims.ipynb #b4dc111f
+# %% ../nbs/14a_claims.ipynb #015a7816
+def _p(value, sign=""):
+    return f"{sign}{value:.3f}" if value >= 0.0005 else "< 0.001"
+
+# %% ../nbs/14a_claims.ipynb #8f5f51fc
 def sentences(
     table: pd.DataFrame,  # from `verdicts`
 ) -> str:  # one line a claim
@@ -249,11 +253,11 @@ def sentences(
     for row in table.to_dict("records"):
         p = np.nanmin([row["p_holm"], row["p_same_holm"], 2.0])
         number = "" if np.isnan(row["low"]) else f": {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        number += f", Holm p = {p:.3f}" if p <= 1 else ""
+        number += f", Holm p {_p(p, '= ')}" if p <= 1 else ""
         lines.append(f"{row['verdict']:<17} {row['claim']}{number}, {row['seeds']} seeds.")
     return "\n".join(lines)
 
-# %% ../nbs/14a_claims.ipynb #7800d351
+# %% ../nbs/14a_claims.ipynb #49e0a1c3
 def verdict_table(
     table: pd.DataFrame,  # from `verdicts`
 ) -> pd.DataFrame:  # claim, published T, published S, measured, Holm p, seeds, verdict: words, a dash where there is none
@@ -261,5 +265,5 @@ def verdict_table(
     published = {name: [f"{value:+.3f}" if value == value else "–" for value in table[name]] for name in ("published T", "published S")}
     limits = ["" if np.isnan(row.low) else f" [{row.low:+.3f}, {row.high:+.3f}]" for row in table.itertuples()]
     measured = ["–" if np.isnan(value) else f"{value:+.3f}{limit}" for value, limit in zip(table["difference"], limits, strict=True)]
-    p = table[["p_holm", "p_same_holm"]].min(axis=1).map(lambda value: f"{value:.3f}" if value == value else "–")
+    p = table[["p_holm", "p_same_holm"]].min(axis=1).map(lambda value: _p(value) if value == value else "–")
     return pd.DataFrame({"claim": table["claim"], **published, "measured": measured, "Holm p": p, "seeds": table["seeds"], "verdict": table["verdict"]})

@@ -7,7 +7,7 @@ import pytest
 import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import permutation_test, spearmanr
 
 from patchmix_repro import claims, ranks, store
 from patchmix_repro.claims import Claim, load_battery, on_curve, verdicts
@@ -228,6 +228,43 @@ def test_the_bootstrap_covers():
     assert 50 <= hits <= 60 and rank_correlation(x, e, draws=50) == rank_correlation(x, e, draws=50)
 
 
+def test_groups_are_resampled_whole():
+    "Copies of a network add nothing: the interval stays as wide as without them."
+    x, y = np.random.default_rng(3).normal(size=(2, 8))
+    once, copied = rank_correlation(x, y, draws=500), rank_correlation(np.repeat(x, 5), np.repeat(y, 5), groups=np.repeat(range(8), 5), draws=500)
+    assert copied.estimate == pytest.approx(once.estimate) and copied.n == 40
+    assert copied.high - copied.low == pytest.approx(once.high - once.low, abs=0.1)
+    assert np.subtract(*rank_correlation(np.repeat(x, 5), np.repeat(y, 5), draws=500)[2:0:-1]) < 0.6 * (once.high - once.low)
+
+
+def test_the_pairing_test_by_hand_and_against_scipy():
+    assert ranks.pairing_test([1, 2, 3, 4, 5], [10, 20, 30, 40, 50]) == pytest.approx((1, 2 / 120))  # the order and its reverse
+    x, y = np.random.default_rng(5).normal(size=(2, 6))
+    slow = permutation_test((y,), lambda y: spearmanr(x, y).statistic, permutation_type="pairings", n_resamples=np.inf)
+    two_sided = np.mean(np.abs(slow.null_distribution) >= abs(slow.statistic) - 1e-9)
+    assert ranks.pairing_test(x, y) == pytest.approx((slow.statistic, two_sided))
+
+
+@pytest.mark.parametrize("n, given", [(6, 0), (8, 1), (12, 2)])
+def test_unrelated_recipes_are_rarely_called_related(n, given):
+    "Rule fixed beforehand: of 400 samples without any relation, at most 7 % (5 % and the error of 400) are below p = 0.05."
+    rng = np.random.default_rng(n)
+    columns = rng.normal(size=(400, 2 + given, n))
+    low = [ranks.pairing_test(x, y, more, draws=500)[1] <= 0.05 for x, y, *more in columns]
+    assert np.mean(low) <= 0.07
+
+
+def test_a_strong_relation_of_six_recipes_is_found():
+    rng = np.random.default_rng(0)
+    found = [ranks.pairing_test(x, x + 0.2 * rng.normal(size=6)) for x in rng.normal(size=(50, 6))]
+    assert np.mean([p <= 0.05 and sign > 0 for sign, p in found]) > 0.8
+
+
+def test_too_few_recipes_cannot_be_tested():
+    assert np.isnan(ranks.pairing_test([1, 2, 3, 4], [1, 2, 3, 4])[1]) and np.isnan(ranks.pairing_test([], [])[1])
+    assert np.isnan(ranks.pairing_test([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [[1, 1, 0, 0, 0]])[1])
+
+
 @pytest.mark.parametrize("x, y", [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, np.nan], [1, 2, 3, 4]), ([], [])])
 def test_too_little_is_refused(x, y):
     with pytest.raises(InputError, match="at least 4"):
@@ -247,7 +284,8 @@ def test_selectivity_meets_robustness_by_network(folder, battery):
     mine = battery.query("model == 'swin' and mixing == 'timm' and train_seed == 2")
     assert row["robustness"] == pytest.approx(mine[mine["curve"].isin(["paste", "slide"])]["kept"].mean())
     table = ranks.correlations(pairs).set_index("networks")
-    assert table.loc["all", "verdict"] == "shown" and table["n"].tolist() == [18, 18, 18, 6, 6, 6]
+    assert table.loc["all", "verdict"] == "shown" and table["n"].tolist() == [18, 18, 18, 6, 6, 6] and table["recipes"].tolist() == [6, 6, 6, 2, 2, 2]
+    assert set(table["verdict"][-3:]) == {"cannot be tested"} and table["p_holm"][-3:].isna().all()
     assert table.loc["all", "estimate"] == pytest.approx(spearmanr(pairs["selectivity"], pairs["robustness"]).statistic)
     with pytest.raises(InputError, match="score"):
         ranks.robustness(battery, selectivity, score="mas")
