@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'heat_sheet', 'sheets', 'probabilities', 'pictures_and_bars', 'mixing_view', 'hide', 'occluder_view', 'png',
            'bind']
 
-# %% ../nbs/15c_explore.ipynb #706ec062
+# %% ../nbs/15c_explore.ipynb #96f68cbe
 import io
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,11 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn as nn
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .battery import Network
 from .blocks import device_of, normalization
 from .core import InputError
 from .data import normalize, to_float
@@ -32,14 +32,14 @@ from .plots import style
 from .saliency import evaluating
 from .selectivity import patch_selectivity
 
-# %% ../nbs/15c_explore.ipynb #dc9c91ef
+# %% ../nbs/15c_explore.ipynb #2a237ae6
 def _picture(axis, image, title=""):
     axis.imshow(rearrange(image.cpu().numpy(), "c h w -> h w c").clip(0, 1), interpolation="nearest")
     axis.set_title(title, fontsize=7, pad=2, loc="center")
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
-# %% ../nbs/15c_explore.ipynb #34503b6d
+# %% ../nbs/15c_explore.ipynb #32873b41
 def heat_sheet(
     found: dict[str, Explained],  # network -> its maps of the same images
     classes: tuple[str, ...],  # names of the classes
@@ -63,7 +63,7 @@ def heat_sheet(
     figure.set_label(f"c-RISE maps of {count} images. Right predictions: {', '.join(f'{name} {n}' for name, n in right.items())}.")
     return figure, table
 
-# %% ../nbs/15c_explore.ipynb #832ef9f6
+# %% ../nbs/15c_explore.ipynb #7b2f9350
 def sheets(
     found: dict[tuple[str, str], Explained],  # set, network -> maps, from `explain_sets`
     classes: tuple[str, ...],  # names of the classes
@@ -74,24 +74,23 @@ def sheets(
     table = pd.concat({kind: table for kind, (_, table) in drawn.items()}, names=["set"]).reset_index("set")
     return {kind: figure for kind, (figure, _) in drawn.items()}, table
 
-# %% ../nbs/15c_explore.ipynb #8098f16a
+# %% ../nbs/15c_explore.ipynb #3b255aff
 def probabilities(
-    networks: dict[str, tuple[nn.Module, dict]],  # name -> network, card
+    networks: dict[str, Network],  # from `battery.open_networks`
     image: Tensor,  # float 3 h w in [0, 1]
 ) -> pd.DataFrame:  # index class, a column a network
     "Softmax probabilities of every class."
     found = {}
-    for name, (model, _) in networks.items():
+    for name, (model, *_) in networks.items():
         x = normalize(image[None], *normalization(model)).to(device_of(model))
         with evaluating(model, x):
             found[name] = model(x).softmax(1)[0].float().cpu().numpy()
-    _, card = next(iter(networks.values()))
-    return pd.DataFrame(found, index=pd.Index(card["classes"], name="class"))
+    return pd.DataFrame(found, index=pd.Index(next(iter(networks.values())).classes, name="class"))
 
-# %% ../nbs/15c_explore.ipynb #89b10e7f
+# %% ../nbs/15c_explore.ipynb #1b114e86
 COLOURS = ("#BBBBBB", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
-# %% ../nbs/15c_explore.ipynb #85ecde10
+# %% ../nbs/15c_explore.ipynb #5a109e50
 def pictures_and_bars(
     pictures: dict[str, Tensor],  # title -> float 3 h w in [0, 1]
     table: pd.DataFrame,  # index class, a column a bar: label weight, networks
@@ -112,9 +111,9 @@ def pictures_and_bars(
     figure.set_label(f"{', '.join(pictures)}. {best}.")
     return figure
 
-# %% ../nbs/15c_explore.ipynb #d159f492
+# %% ../nbs/15c_explore.ipynb #4b5ba5dd
 def mixing_view(
-    networks: dict[str, tuple[nn.Module, dict]],  # name -> network, card
+    networks: dict[str, Network],  # from `battery.open_networks`
     dataset,  # the images
     image: int,  # number of the image
     donor: int,  # number of the image that gives patches
@@ -134,10 +133,10 @@ def mixing_view(
     pictures = {names[a]: to_float(own), f"donor: {names[b]}": to_float(other), f"mixed: {count} of {n}": mixed}
     return pictures_and_bars(pictures, table), table
 
-# %% ../nbs/15c_explore.ipynb #63470aad
+# %% ../nbs/15c_explore.ipynb #9f817065
 _occluders = lru_cache(maxsize=4)(load_occluders)
 
-# %% ../nbs/15c_explore.ipynb #b7abe76c
+# %% ../nbs/15c_explore.ipynb #df9e2c32
 def hide(
     dataset,  # the images
     image: int,  # number of the image
@@ -161,9 +160,9 @@ def hide(
     donors = torch.tensor([given]) if bits.any() and given != label else None
     return OccludedBatch(torch.tensor([image]), to_float(mixed), torch.tensor([label]), donors, mine)
 
-# %% ../nbs/15c_explore.ipynb #167ad5eb
+# %% ../nbs/15c_explore.ipynb #00e6f977
 def occluder_view(
-    networks: dict[str, tuple[nn.Module, dict]],  # name -> network, card
+    networks: dict[str, Network],  # from `battery.open_networks`
     dataset,  # the images
     image: int,  # number of the image
     donor: int,  # number of the image that gives patches
@@ -174,7 +173,7 @@ def occluder_view(
     "An occluded image, each network's c-RISE map with its selectivity (mass), and what the networks say."
     part, pictures = hide(dataset, image, donor, **where), {}
     pictures[dataset.classes[int(part.labels)]] = part.images[0]
-    for name, (model, _) in networks.items():
+    for name, (model, *_) in networks.items():
         map = explain_batch(model, part, num_masks=num_masks, seed=seed).map
         mixed = part.own.any() and not part.own.all()
         title = f"{name}\nmass {patch_selectivity(map, part.own)['mass'][0]:+.3f}" if mixed else name
@@ -182,7 +181,7 @@ def occluder_view(
     table = probabilities(networks, part.images[0])
     return pictures_and_bars(pictures, table, COLOURS[1:]), table
 
-# %% ../nbs/15c_explore.ipynb #0474c4d4
+# %% ../nbs/15c_explore.ipynb #8d901564
 def png(
     figure: Figure,  # is closed
 ) -> bytes:
@@ -192,11 +191,11 @@ def png(
     plt.close(figure)
     return file.getvalue()
 
-# %% ../nbs/15c_explore.ipynb #d0e02bda
+# %% ../nbs/15c_explore.ipynb #5c0699cb
 def _value(control):
     return tuple(part.value for part in control) if isinstance(control, (tuple, list)) else control.value
 
-# %% ../nbs/15c_explore.ipynb #73778909
+# %% ../nbs/15c_explore.ipynb #0029f110
 def bind(
     view: Callable,  # of the controls' values, by name -> figure, table
     controls: dict,  # name -> a control, or several whose values become a tuple

@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'recorded', 'measure', 'training_record', 'publish_checkpoint', 'note_of', 'battery_config', 'battery_id',
            'wide_images', 'long_rows', 'file_battery', 'filed', 'measure_battery']
 
-# %% ../nbs/12a_filing.ipynb #f6de954f
+# %% ../nbs/12a_filing.ipynb #5409e68e
 import json
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ from .state import checkpoints, dtype_of
 from .stats import percent, wilson
 from .training import Run, load_model, write_model
 
-# %% ../nbs/12a_filing.ipynb #a08054e6
+# %% ../nbs/12a_filing.ipynb #468f4e3c
 def recorded(
     run: Run,  # a finished training
     place: Path,  # a store
@@ -37,7 +37,7 @@ def recorded(
     rows = store.read_table(place, "images", kind="train")
     return rows[rows.run_id.eq(run_id(run.config))].drop(columns="run_id").reset_index(drop=True)
 
-# %% ../nbs/12a_filing.ipynb #4c08c4b2
+# %% ../nbs/12a_filing.ipynb #b80383b9
 def measure(
     run: Run,  # a finished training
     progress: bool = False,  # show a bar
@@ -54,7 +54,7 @@ def measure(
     store.append(training_record(run, rows, {"train": card["data_manifest"], "test": test.manifest_hash}, attachments), place)
     return rows
 
-# %% ../nbs/12a_filing.ipynb #b6e8d2d6
+# %% ../nbs/12a_filing.ipynb #78ee9016
 def training_record(
     run: Run,  # a finished training
     rows: pd.DataFrame,  # its test images, from `evaluate`
@@ -71,7 +71,7 @@ def training_record(
     record["provenance"]["training"] = json.loads((checkpoints(run.folder)[-1] / "state.json").read_text())["made"]
     return record
 
-# %% ../nbs/12a_filing.ipynb #927f6e37
+# %% ../nbs/12a_filing.ipynb #a376e995
 CARD = """# {name}
 
 {model} at scale {scale}, trained on the train split of {data} for {steps} steps with mixing `{mixing}`, seed {seed}.
@@ -94,7 +94,7 @@ model, card = load_model("results/checkpoints/{name}")
 The network knows the {k} classes of {data} and nothing else.
 """
 
-# %% ../nbs/12a_filing.ipynb #036cc1e6
+# %% ../nbs/12a_filing.ipynb #8d7e7565
 def publish_checkpoint(
     run: Run,  # a finished training
     name: str,  # of the new folder
@@ -116,7 +116,7 @@ def publish_checkpoint(
     atomic_write(folder / "README.md", text)
     return folder
 
-# %% ../nbs/12a_filing.ipynb #71000b9f
+# %% ../nbs/12a_filing.ipynb #cc7692d5
 def note_of(
     model: nn.Module,  # the network
     origin: dict | str,  # its card, from `load_model`, or the name of timm's weights
@@ -133,7 +133,7 @@ def note_of(
             "pretrained": origin if isinstance(origin, str) else None, "run_id": None if isinstance(origin, str) else origin["run_id"],
             "train_data": card["data"], "train_seed": card["seed"], "train_grid": card["grid"] if patch_mixed else None, "weights": weights_hash(model)}
 
-# %% ../nbs/12a_filing.ipynb #3773135e
+# %% ../nbs/12a_filing.ipynb #bd12fd3b
 def battery_config(
     note: dict,  # from `note_of`
     conditions: tuple,  # in their order
@@ -148,14 +148,14 @@ def battery_config(
     return {**note, "data": dataset.name, "split": dataset.split, "size": dataset.size, "limit": limit, "conditions": [c.settings() for c in conditions],
             "class_map": None if class_map is None else stable_hash(class_map.tolist()), "maps": given, "seed": seed}
 
-# %% ../nbs/12a_filing.ipynb #435932fe
+# %% ../nbs/12a_filing.ipynb #03d66790
 def battery_id(
     config: dict,  # from `battery_config`
 ) -> str:  # data-network-hash
     "A readable name that does not depend on where the record is kept."
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{config['data']}-{config['name']}-{stable_hash(config, 8)}")
 
-# %% ../nbs/12a_filing.ipynb #ce886bb6
+# %% ../nbs/12a_filing.ipynb #32a401da
 def wide_images(
     rows: pd.DataFrame,  # from `evaluate`
 ) -> pd.DataFrame:  # id, file, label, and one bool column per condition
@@ -163,7 +163,7 @@ def wide_images(
     images = rows.drop_duplicates("id").set_index("id")[["file", "label"]].join(correct_table(rows)).sort_index().reset_index()
     return pd.DataFrame({name: images[name].to_numpy() for name in images})
 
-# %% ../nbs/12a_filing.ipynb #e9297f3b
+# %% ../nbs/12a_filing.ipynb #0d337715
 def long_rows(
     images: pd.DataFrame,  # from `wide_images`, or a record's table "images"
 ) -> pd.DataFrame:  # condition, id, file, label, correct
@@ -171,7 +171,7 @@ def long_rows(
     rows = images.melt(["id", "file", "label"], var_name="condition", value_name="correct")
     return rows[["condition", "id", "file", "label", "correct"]].astype({"correct": bool})
 
-# %% ../nbs/12a_filing.ipynb #cf1e76e4
+# %% ../nbs/12a_filing.ipynb #c0c04fd3
 def file_battery(
     note: dict,  # from `note_of`
     rows: pd.DataFrame,  # from `evaluate`
@@ -190,7 +190,7 @@ def file_battery(
                               tables={"conditions": table, "images": wide_images(rows)}, attachments=attachments)
     return store.append(record, folder)
 
-# %% ../nbs/12a_filing.ipynb #a7685942
+# %% ../nbs/12a_filing.ipynb #f39e91ca
 def filed(
     note: dict,  # from `note_of`
     conditions: tuple,  # what is to be measured
@@ -208,7 +208,7 @@ def filed(
     mine = images[images.run_id.eq(name)].drop(columns="run_id")
     return long_rows(mine[["id", "file", "label", *(c.name for c in conditions)]]).reset_index(drop=True)
 
-# %% ../nbs/12a_filing.ipynb #9ef53dfb
+# %% ../nbs/12a_filing.ipynb #3aee720f
 def measure_battery(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     note: dict,  # from `note_of`
@@ -219,6 +219,7 @@ def measure_battery(
     limit: int | None = None,  # images of the keyed sample
     class_map: torch.Tensor | None = None,  # from the model's classes to the data set's
     maps: dict[str, torch.Tensor] | None = None,  # given masks or saliency
+    chance: float | None = None,  # accuracy of guessing; None: 1 / classes of the data set
     **how,  # batch_size, device, dtype, workers, progress: see `evaluate`
 ) -> pd.DataFrame:  # condition, id, file, label, correct
     "Run a battery and file it, once: a second call finds the record, a call after an interruption goes on."
@@ -227,5 +228,5 @@ def measure_battery(
         return found
     place = folder / battery_id(battery_config(note, (), dataset, **asked))
     rows = evaluate(model, dataset, conditions, out=place, **asked, **how)
-    file_battery(note, rows, conditions, dataset, folder / "records", **asked)
+    file_battery(note, rows, conditions, dataset, folder / "records", chance, **asked)
     return long_rows(wide_images(rows))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'SHEETS', 'TEST', 'condition_sheet', 'paste_sheet', 'mixed_sheet', 'teaser_train', 'answers', 'teaser_test',
-           'example_pictures', 'heat_maps']
+           'example_pictures', 'rod_sheet', 'file_rod', 'heat_maps', 'rise_sheet']
 
-# %% ../nbs/15d_pictures.ipynb #4d797d31
+# %% ../nbs/15d_pictures.ipynb #4dc9cc92
 import json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import store
 from .blocks import block_order, device_of, normalization
 from .claims import networks_of
-from .core import InputError, keyed_generator
+from .core import InputError, choose, keyed_generator
 from .curves import absent, strip
 from .data import create_dataset, normalize, to_float
 from .evaluation import in_eval_mode
@@ -32,10 +32,10 @@ from .plots import image_sheet
 from .selectivity import context_pixels
 from .smd import Paste
 
-# %% ../nbs/15d_pictures.ipynb #375d1914
+# %% ../nbs/15d_pictures.ipynb #bdcb5c93
 SIZE = 56  # px, the side at scale mini
 
-# %% ../nbs/15d_pictures.ipynb #b034f43c
+# %% ../nbs/15d_pictures.ipynb #3d857a53
 def _sample(split, count, seed, size):
     dataset = create_dataset("shapes9", split, size)
     ids = block_order(len(dataset), seed, max(count, 64))[0]  # donors come from 64 images
@@ -43,11 +43,11 @@ def _sample(split, count, seed, size):
     ids = ids[:count]
     return ids, to_float(dataset.images[ids]), [dataset.classes[k] for k in dataset.labels[ids]], {"donor": to_float(donors)}
 
-# %% ../nbs/15d_pictures.ipynb #b224a54e
+# %% ../nbs/15d_pictures.ipynb #851a66ad
 def _bytes(images):
     return (255 * images).round().byte()
 
-# %% ../nbs/15d_pictures.ipynb #7d50aefd
+# %% ../nbs/15d_pictures.ipynb #0086b012
 SHEETS = {
     "replacement": tuple(Replace(k / 10, grid) for grid in (14, 7) for k in range(1, 6)),
     "permutation": (Clean(), *(Permute(side) for side in (2, 4, 8, 14))),
@@ -55,7 +55,7 @@ SHEETS = {
     "rod": tuple(Slide(x=(k - 4) / 8) for k in range(1, 8)),
 }
 
-# %% ../nbs/15d_pictures.ipynb #e1565ae0
+# %% ../nbs/15d_pictures.ipynb #8bab87f3
 def condition_sheet(
     conditions: tuple,  # of occlusion and smd
     place: int = 0,  # which image of the keyed sample
@@ -67,7 +67,7 @@ def condition_sheet(
     pictures = [condition(images, ids, maps)[0] for condition in conditions]
     return _bytes(torch.stack(pictures)), [condition.name.removesuffix("-black-random") for condition in conditions]
 
-# %% ../nbs/15d_pictures.ipynb #f75b5e1d
+# %% ../nbs/15d_pictures.ipynb #5487ff37
 def paste_sheet(
     count: int = 8,  # images
     seed: int = 0,  # of the sample
@@ -77,7 +77,7 @@ def paste_sheet(
     ids, images, names, _ = _sample("test", count, seed, size)
     return _bytes(Paste()(images, ids, {})), names
 
-# %% ../nbs/15d_pictures.ipynb #3eb619c8
+# %% ../nbs/15d_pictures.ipynb #e6c95f00
 def mixed_sheet(
     count: int = 8,  # images
     seed: int = 0,  # of sample and mixing
@@ -91,7 +91,7 @@ def mixed_sheet(
     weights = [sorted(((float(w), name) for w, name in zip(row, dataset.classes, strict=True) if w > 0), reverse=True) for row in targets]
     return _bytes(mixed), ["\n".join(f"{name} {w:.2f}" for w, name in row) for row in weights]
 
-# %% ../nbs/15d_pictures.ipynb #14956204
+# %% ../nbs/15d_pictures.ipynb #fb73e4e7
 def teaser_train(
     seed: int = 0,  # of the sample
     size: int = SIZE,  # side of the images, px
@@ -104,7 +104,7 @@ def teaser_train(
     weight = mask.float().mean().item()
     return _bytes(shown), [names[0], "donor", f"{mask.sum()} of {mask.numel()}", f"{1 - weight:.3f} own\n{weight:.3f} donor"]
 
-# %% ../nbs/15d_pictures.ipynb #0c93a934
+# %% ../nbs/15d_pictures.ipynb #89e43c3c
 def answers(
     model: nn.Module,  # normalised b 3 h w -> logits b k
     images: Tensor,  # float b 3 h w in [0, 1]
@@ -113,10 +113,10 @@ def answers(
     with in_eval_mode(model), torch.no_grad():
         return model(normalize(images, *normalization(model)).to(device_of(model))).argmax(1).cpu()
 
-# %% ../nbs/15d_pictures.ipynb #88831a14
+# %% ../nbs/15d_pictures.ipynb #a4ef24d5
 TEST = {"replaced": Replace(0.3, 7), "SMD style": Paste(), "ROD style": Slide(), "dropped": Drop(0.4, 7)}
 
-# %% ../nbs/15d_pictures.ipynb #3320ee4e
+# %% ../nbs/15d_pictures.ipynb #3b69522a
 def teaser_test(
     networks: dict[str, nn.Module] | None = None,  # name -> network that knows the classes of shapes9
     seed: int = 0,  # of the sample
@@ -130,7 +130,7 @@ def teaser_test(
     lines = [[f"{own}, {what}", *(f"{name}: {'✓' if given[k] == own else given[k]}" for name, given in said.items())] for k, (what, own) in enumerate(zip(TEST, names, strict=True))]
     return _bytes(shown), ["\n".join(line) for line in lines]
 
-# %% ../nbs/15d_pictures.ipynb #33509c10
+# %% ../nbs/15d_pictures.ipynb #6d027648
 def example_pictures(
     seed: int = 0,  # of all samples
     networks: dict[str, nn.Module] | None = None,  # name -> network whose answers stand in the teaser
@@ -142,14 +142,44 @@ def example_pictures(
     captions = json.dumps({name: titles for name, (_, titles) in sheets.items()}, ensure_ascii=False)
     return {f"{name}.png": strip(images) for name, (images, _) in sheets.items()} | {"captions.json": captions.encode()}
 
-# %% ../nbs/15d_pictures.ipynb #74a31133
+# %% ../nbs/15d_pictures.ipynb #a9fa3ebd
+def rod_sheet(
+    dataset,  # ROD, from `create_dataset`
+    name: str = "orange",  # one of its classes
+    count: int = 7,  # photographs at most
+) -> tuple[Tensor, list[str]]:  # uint8 n 3 s s; captions
+    "Photographs of a class, evenly spaced over its first sequence; its frames are named by a number at the end."
+    rows = dataset.manifest[dataset.manifest["class"].eq(choose("class", name, sorted(set(dataset.manifest["class"]))))]
+    rows = rows.join(rows["source"].str.extract(r"^(?P<sequence>.*?)(?P<frame>\d*)(?:\.\w+)?$"))
+    rows = rows.assign(frame=pd.to_numeric(rows["frame"])).sort_values(["sequence", "frame"], kind="stable")
+    first = rows[rows["sequence"].eq(rows["sequence"].iloc[0])]
+    places = torch.linspace(0, len(first) - 1, min(count, len(first))).round().int().tolist()
+    return torch.stack([dataset[i][0] for i in first.index[places]]), [f"{name}\n{place + 1} of {len(first)}" for place in places]
+
+# %% ../nbs/15d_pictures.ipynb #1e6ddcf7
+def file_rod(
+    folder: str | Path,  # a store of your own
+    root: str | Path | None = None,  # holds rod/; None: PATCHMIX_DATA, then data/
+    name: str = "orange",  # class of the sheet
+    count: int = 7,  # photographs at most
+    size: int = 112,  # their side, px
+    **options,  # shards, download: of `open_rod`
+) -> Path:  # the new part
+    "File a sheet of the published ROD, for the page of examples."
+    dataset = create_dataset("rod", "test", size, root, **options)
+    images, captions = rod_sheet(dataset, name, count)
+    files = {"rod_published.png": strip(images), "captions.json": json.dumps({"rod_published": captions}).encode()}
+    config = {"data": "rod", "split": "test", "size": size, "class": name, "count": count}
+    return store.append(store.new_record("pictures", config, seed=0, data={"test": dataset.manifest_hash}, metrics={}, attachments=files), folder)
+
+# %% ../nbs/15d_pictures.ipynb #36cd1f0e
 def _explained(folder, run_id):
     try:
         return unpack_pictures(store.attachment(folder, run_id, "explained.npz"))
     except InputError:  # filed without pictures
         return None
 
-# %% ../nbs/15d_pictures.ipynb #e6069c19
+# %% ../nbs/15d_pictures.ipynb #00c58ec8
 def heat_maps(
     folder: str | Path,  # a store
     data: str,  # data set of the records
@@ -170,3 +200,25 @@ def heat_maps(
         rows += [first.images[k], *(overlay(one.part.images[k : k + 1], one.map[k : k + 1])[0] for one in found.values())]
         titles += [f"image {int(first.ids[k])}", *(f"{name}\n{'right' if one.predicted[k] == first.labels[k] else 'wrong'}" for name, one in found.items())]
     return image_sheet(torch.stack(rows), titles, 1 + len(found))
+
+# %% ../nbs/15d_pictures.ipynb #3185e22c
+def _unescaped(text):
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1").decode() if "\\" in text else text
+
+# %% ../nbs/15d_pictures.ipynb #477226e7
+def rise_sheet(
+    folder: str | Path,  # a store
+    data: str,  # data set of the record
+    count: int = 6,  # images
+) -> tuple[Figure, pd.DataFrame]:  # the figure; file, name, correct, author, licence, page
+    "RISE maps over their photographs, and the photographers."
+    records = store.read(folder).reindex(columns=["run_id", "kind", "config.data"])
+    run_ids = records.query("kind == 'rise' and `config.data` == @data")["run_id"]
+    if not len(run_ids):
+        return absent("RISE maps of photographs")
+    found, rows = _explained(folder, run_ids.iloc[0]), store.read_table(folder, "images", kind="rise")
+    rows = rows[rows["run_id"].eq(run_ids.iloc[0])].head(min(count, len(found.part.ids)))
+    images = torch.stack([found.part.images, overlay(found.part.images, found.map)], 1)[: len(rows)]
+    titles = [title for row in rows.itertuples() for title in (row.name.split(",")[0], "right" if row.correct else "wrong")]
+    figure, _ = image_sheet(images.flatten(0, 1), titles, 6)
+    return figure, rows[["file", "name", "correct", "author", "licence", "page"]].assign(author=rows["author"].map(_unescaped))

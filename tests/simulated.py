@@ -51,6 +51,12 @@ def battery(model, mixing, seed, **where):
     return store.new_record("battery", config(model, mixing, seed, **where), seed=0, data=MANIFEST, metrics=metrics, tables={"conditions": table})
 
 
+def published_set(name, data, correct, n):
+    "A network on one of the published sets, clean and under a condition that no table may show."
+    table = pd.DataFrame([{"condition": condition, "n": n, "accuracy": right / n, "low": right / n - 0.03, "high": right / n + 0.03} for condition, right in (("clean", correct), ("permute-4", 1))])
+    return store.new_record("battery", config(name, None, 0, data, "paper") | {"name": name, "limit": n}, seed=0, data=MANIFEST, metrics={"clean": correct / n}, tables={"conditions": table})
+
+
 def selectivity(model, mixing, seed, images="patch", **where):
     rng, mass = noise(model, mixing, seed, images), 0.3 - 0.25 * LOSS[model, mixing]
     table = pd.DataFrame({"id": range(100), "file": [f"{k}.png" for k in range(100)], "label": 0, "donor_label": 1, "share": 0.3, "correct": True})

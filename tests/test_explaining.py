@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 
 from patchmix_repro import store
-from patchmix_repro.core import CheckpointError, InputError
+from patchmix_repro.battery import Network, open_networks
+from patchmix_repro.core import InputError
 from patchmix_repro.data import create_dataset, normalize, to_float
 from patchmix_repro.explaining import (
     Explained,
@@ -28,7 +29,6 @@ from patchmix_repro.explanations import (
     file_selectivity,
     image_rows,
     names_in,
-    open_networks,
     open_split,
     pack_pictures,
     readings_table,
@@ -178,7 +178,7 @@ def test_attributions_of_wrong_targets(data):
 @pytest.fixture(scope="module")
 def run():
     config = ExplainConfig(images=2, num_masks=32, set="patch,smd,clean")
-    networks = open_networks(config.model)
+    networks = open_networks(config.model, config.pretrained)
     dataset = open_split(config, networks)
     found = explain_sets(config, networks, dataset)
     return config, networks, dataset, found, image_rows(found, networks, dataset)
@@ -203,10 +203,10 @@ def test_clean_images_have_curves_and_no_selectivity(run):
 def test_curve_rows_follow_the_in_context_class(run):
     config, networks, dataset, found, _ = run
     one = found["patch", "convnext_mini_patchmix"]
-    rows = curve_rows(networks["convnext_mini_patchmix"][0], one, steps=1)
+    rows = curve_rows(networks["convnext_mini_patchmix"].model, one, steps=1)
     x = normalize(one.part.images)
     with torch.no_grad():
-        full, none = (networks["convnext_mini_patchmix"][0](v).softmax(1)[range(2), one.part.labels] for v in (x, torch.zeros_like(x)))
+        full, none = (networks["convnext_mini_patchmix"].model(v).softmax(1)[range(2), one.part.labels] for v in (x, torch.zeros_like(x)))
     assert all(np.allclose(rows[name], (full + none) / 2, atol=1e-5) for name in rows), "one step: the trapezoid of both ends"
 
 
@@ -252,12 +252,12 @@ def test_bad_configs(given, words):
 
 def test_names_and_networks():
     assert names_in(" a,b , ") == ["a", "b"]
-    with pytest.raises(CheckpointError, match="no whole model"):
+    with pytest.raises(InputError, match="unknown model 'nowhere'"):
         open_networks("nowhere")
 
 
 @pytest.mark.parametrize("cards", [[(56, ["a", "b"])], [(56, None), (112, None)]])
 def test_networks_that_cannot_be_shown_the_data(cards, data):
-    networks = {str(i): (None, {"size": size, "classes": classes or list(data.classes)}) for i, (size, classes) in enumerate(cards)}
+    networks = {str(i): Network(None, {}, size, tuple(classes or data.classes)) for i, (size, classes) in enumerate(cards)}
     with pytest.raises(InputError, match="cannot all be shown shapes9"):
         open_split(ExplainConfig(), networks)

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from test_browser import CHROMIUM, DONE, IDLE, RUN_ALL, SECONDS, free_port, needed, wait_for
 
+from patchmix_repro.battery import open_networks
 from patchmix_repro.core import InputError
 from patchmix_repro.data import to_float
-from patchmix_repro.explanations import ExplainConfig, explain_sets, open_networks, open_split
+from patchmix_repro.explanations import ExplainConfig, explain_sets, open_split
 from patchmix_repro.explore import heat_sheet, hide, mixing_view, occluder_view, png, probabilities, sheets
 from patchmix_repro.occluders import load_occluders
 from patchmix_repro.occlusion import Replace
@@ -31,7 +32,7 @@ HOUSE, BOAT = 33, 28
 
 @pytest.fixture(scope="module")
 def networks():
-    return open_networks(ExplainConfig().model)
+    return open_networks()
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_label_weights_by_hand(networks, data):
 
 
 def test_predictions_are_those_of_the_mixed_image(networks, data):
-    ids, (model, card) = torch.tensor([HOUSE]), networks["convnext_mini_patchmix"]
+    ids, model = torch.tensor([HOUSE]), networks["convnext_mini_patchmix"].model
     mixed = Replace(0.5, 14, seed=2)(to_float(data.images[ids]), ids, {"donor": to_float(data.images[[BOAT]])})
-    x = (mixed - torch.tensor(card["mean"]).view(3, 1, 1)) / torch.tensor(card["std"]).view(3, 1, 1)
+    x = (mixed - torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)) / torch.tensor(model.pretrained_cfg["std"]).view(3, 1, 1)
     with torch.no_grad():
         wanted = model(x).softmax(1)[0]
     _, table = mixing_view(networks, data, HOUSE, BOAT, 0.5, 14, seed=2)

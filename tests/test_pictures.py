@@ -1,4 +1,5 @@
 "Pictures for records: drawn by key, as the conditions say, and back again as heat maps."
+import io
 import json
 
 import matplotlib
@@ -10,6 +11,8 @@ import simulated
 import torch
 import torch.nn as nn
 from einops import rearrange
+from PIL import Image
+from test_occluded import make_rod
 
 from patchmix_repro import pictures, store
 from patchmix_repro.core import InputError
@@ -83,6 +86,30 @@ def test_the_pages_find_the_sheets(files, tmp_path):
     store.append(store.new_record("pictures", {"data": "shapes9"}, seed=0, data=simulated.MANIFEST, metrics={}, attachments=files), tmp_path)
     images, titles = read_sheet(tmp_path, "rod", "shapes9")
     assert torch.equal(images, unstrip(files["rod.png"])) and len(titles) == 7
+
+
+def test_a_sheet_of_the_published_rod(tmp_path):
+    "Twelve oranges of one sequence and one of another, in no order; the sheet is the first sequence in its order."
+    frames = [f"a-s{k}.jpg" for k in (10, 2, 0, 9, 7, 1, 3, 8, 11, 5, 4, 6)] + ["b-s0.jpg"]
+    pictures_of = [{"bytes": shade(9 * k), "path": path} for k, path in enumerate(frames)]
+    root = make_rod(tmp_path, [[9] * 13], image=pictures_of)
+    with pytest.raises(InputError, match="unknown class 'vase'.*Allowed: orange"):
+        pictures.file_rod(tmp_path / "store", root, "vase", shards=(0,))
+    assert not (tmp_path / "store").exists()
+    pictures.file_rod(tmp_path / "store", root, count=4, size=56, shards=(0,))
+    images, titles = read_sheet(tmp_path / "store", "rod_published", "rod")
+    assert titles == [f"orange\n{k} of 12" for k in (1, 5, 8, 12)]
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([9 * frames.index(f"a-s{k}.jpg") for k in (0, 4, 7, 11)], abs=3)
+    rod = create_dataset("rod", "test", 56, root=root, shards=(0,))
+    assert len(pictures.rod_sheet(rod, count=99)[1]) == 12 and pictures.rod_sheet(rod, count=1)[1] == ["orange\n1 of 12"]
+    unnamed = make_rod(tmp_path / "unnamed", [[9, 9]], image=[{"bytes": shade(0), "path": None}] * 2)
+    assert len(pictures.rod_sheet(create_dataset("rod", "test", 56, root=unnamed, shards=(0,)))[1]) == 2
+
+
+def shade(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 60), (value,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_heat_maps_show_the_first_seed_of_every_network(tmp_path):
