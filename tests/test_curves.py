@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmix_repro import curves, store
+from patchmix_repro.battery import published_sets
 from patchmix_repro.claims import load_battery, on_curve
 from patchmix_repro.core import InputError
 from patchmix_repro.ledger import CURVES, curve
@@ -27,6 +28,7 @@ from patchmix_repro.stats import mean_interval
 
 PAGES = Path(__file__).resolve().parents[1] / "nbs" / "results"
 NAMES = ["accuracies", "drop", "examples", "heatmaps", "originals", "permutation", "replacement", "selectivity_robustness", "selectivity_table", "teaser"]
+FIXED = ["pretrained", "fewer_masks"]  # pages with records of their own kinds
 SHEETS = ["teaser_train", "teaser_test", "patch_mixing", "replacement", "permutation", "drop", "smd", "rod"]
 
 
@@ -151,8 +153,9 @@ def run(name, capsys, **parameters):
     tagged, space = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])], {}
     assert tagged == cells[:1]
     exec(tagged[0].source, space)
-    assert set(parameters) <= set(space) >= {"data", "scale", "results", "figures"}
-    space |= {"data": "shapes9"} | parameters
+    assert set(parameters) <= set(space) >= {"results", "figures"}
+    space |= {} if name in FIXED else {other: "shapes9" for other in ("data", "beside") if other in space}
+    space |= parameters
     for cell in cells[1:]:
         exec(cell.source, space)
     return capsys.readouterr().out, space
@@ -184,7 +187,40 @@ def test_a_page_on_a_store_with_a_few_records(name, tmp_path, capsys):
         assert {"not measured yet", "shown"} <= set(space["table"]["verdict"])
 
 
+@pytest.mark.parametrize("name", FIXED)
+def test_a_page_of_its_own_kind_shows_the_published_records_or_says_what_lacks(name, tmp_path, capsys):
+    run(name, capsys, figures=str(tmp_path / "figures"))
+    shown = [json.dumps(pd.read_csv(path).to_dict()) for path in (tmp_path / "figures").glob("*.csv")]
+    assert len(shown) == {"pretrained": 2, "fewer_masks": 1}[name] and "squeezenet" in "".join(shown)
+    store.append(simulated.battery("swin", "timm", 0, data="another"), tmp_path / "store")
+    _, space = run(name, capsys, results=str(tmp_path / "store"), figures=str(tmp_path / "empty"))
+    assert not space["tables"] and all("not measured yet" in path.read_text() for path in (tmp_path / "empty").glob("*.svg"))
+
+
+def test_the_published_sets_come_out_of_the_store(tmp_path, capsys):
+    for name, data, correct, n in (("net", "smd", 30, 50), ("net", "smd", 400, 500), ("net", "rod", 9, 16), ("other", "imagenet", 41, 50), ("other", "caltech9", 50, 50)):
+        store.append(simulated.published_set(name, data, correct, n), tmp_path)
+    table = published_sets(tmp_path)
+    assert list(table) == ["ImageNet val", "SMD", "ROD", "NVD"] and table.index.tolist() == ["net", "other"]
+    assert table.loc["net"].tolist() == ["not measured yet", "80.0 [77.0, 83.0], n 500", "56.2 [53.2, 59.2], n 16", "not measured yet"]
+    assert table.loc["other"].tolist() == ["82.0 [79.0, 85.0], n 50", *["not measured yet"] * 3]
+    _, space = run("accuracies", capsys, results=str(tmp_path))
+    assert space["published_sets"](space["folder"]).equals(table)
+    store.append(simulated.battery("swin", "timm", 0), tmp_path / "other")
+    assert published_sets(tmp_path / "other").eq("not measured yet").all(axis=None)
+
+
+def test_how_the_maps_were_made_comes_out_of_the_record(tmp_path, capsys):
+    found = simulated.explained(np.random.default_rng(0))
+    images = pd.DataFrame({"id": [0, 1], "file": ["a", "b"], "correct": True, "name": "a, b", "author": "c", "licence": "d", "page": "e"})
+    images = images.assign(**{reading + end: [0.1, 0.2] for reading in ("deletion", "insertion") for end in ("", "_chance", "_gauss")})
+    config = {"name": "squeezenet", "data": "imagenet_ccby", "images": 2, "masks": 64, "grid": 5, "keep": 0.4, "method": "centred", "score": "logit", "steps": 9}
+    store.append(store.new_record("rise", config, seed=0, data=simulated.MANIFEST, metrics={}, tables={"images": images}, attachments={"explained.npz": found}), tmp_path)
+    printed, _ = run("pretrained", capsys, results=str(tmp_path))
+    assert "2 photographs, 64 masks of 5 x 5 cells, each kept with 0.4; method centred, score logit; curves of 9 steps." in printed
+
+
 def test_pages_read_records_and_the_ledger_only():
-    for name in NAMES:
+    for name in (*NAMES, *FIXED):
         text = json.dumps([cell.source for cell in nbformat.read(PAGES / f"{name}.ipynb", as_version=4).cells])
         assert not [word for word in ("load_model", "create_dataset", "create_model", "evaluate(", "rise(") if word in text], name
