@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATTERIES', 'occluders_of', 'draw_layers', 'check_paste', 'Paste', 'battery']
 
-# %% ../nbs/08a_smd.ipynb #93ef9c07
+# %% ../nbs/08a_smd.ipynb #29414fb7
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .occlusion import CONDITIONS, Clean, Drop, Permute, Replace, Slide, check_b
 from .parameters import fits
 from .placing import Piece, check_occlusion, occlude, plan_occlusion
 
-# %% ../nbs/08a_smd.ipynb #6e07a7ea
+# %% ../nbs/08a_smd.ipynb #16e705f5
 @lru_cache(maxsize=8)
 def occluders_of(
     source: str,  # see `load_occluders`
@@ -31,13 +31,13 @@ def occluders_of(
     "The cut-outs of a source, read once."
     return load_occluders(source)
 
-# %% ../nbs/08a_smd.ipynb #c98d5dd2
+# %% ../nbs/08a_smd.ipynb #8e4e105b
 @lru_cache(maxsize=2**16)
 def _planned(paste, frame, sample):
     p = paste
     return plan_occlusion(occluders_of(p.occluders), frame, p.area, p.number, p.mixed, p.rule, p.seed, sample)
 
-# %% ../nbs/08a_smd.ipynb #f63008cd
+# %% ../nbs/08a_smd.ipynb #68806a39
 def draw_layers(
     ids: Tensor,  # int64 b
     frame: tuple[int, int],  # height and width, px
@@ -53,7 +53,7 @@ def draw_layers(
         list(pool.map(draw, range(len(ids))))
     return torch.from_numpy(layers).permute(0, 3, 1, 2), torch.from_numpy(masks)
 
-# %% ../nbs/08a_smd.ipynb #bc52bae1
+# %% ../nbs/08a_smd.ipynb #3cf62978
 def check_paste(
     paste,  # a `Paste`
 ):
@@ -63,7 +63,7 @@ def check_paste(
         if not fits(getattr(paste, name), hint):
             raise InputError(f"{name} is {getattr(paste, name)!r}; allowed is {hint.__name__}. Correct its value.")
 
-# %% ../nbs/08a_smd.ipynb #7d7d0923
+# %% ../nbs/08a_smd.ipynb #60a7f1c5
 @dataclass(frozen=True)
 class Paste:
     "Cut-outs over the image, as in SMD."
@@ -85,7 +85,7 @@ class Paste:
         return name_of(self.kind, Path(self.occluders).name, float(self.area), *more, seed=self.seed)
 
     def settings(self) -> dict:
-        "x is the visible area, per cent; an image comes within 2 % of it where it can."
+        "x is the area asked for, per cent; an image comes within 2 % of it where it can, and long cut-outs stay below large areas."
         return settings_of(self, x=100 * self.area, share=self.area, true_share=self.area) | {"occluders_sha256": stable_hash(occluders_of(self.occluders).sha256s)}
 
     def plan(self, sample: int, frame: tuple[int, int]) -> tuple[Piece, ...]:
@@ -102,16 +102,16 @@ class Paste:
         layers, masks = draw_layers(ids, tuple(images.shape[2:]), self.plan, occluders_of(self.occluders))
         return torch.where(masks.to(images.device), to_float(layers).to(images), images)
 
-# %% ../nbs/08a_smd.ipynb #f5a47f5d
+# %% ../nbs/08a_smd.ipynb #a2c65a2b
 CONDITIONS[Paste.kind] = Paste
 
-# %% ../nbs/08a_smd.ipynb #752c8661
+# %% ../nbs/08a_smd.ipynb #d9b6b443
 BATTERIES = {
     "paper": lambda seed: (*paper_grid(seed), *(Paste(area=k / 10, seed=seed) for k in range(1, 5)), *(Slide(x=k / 4, seed=seed) for k in range(-2, 3))),
     "quick": lambda seed: (Clean(), Replace(0.3, seed=seed), Permute(4, seed=seed), Drop(0.4, seed=seed), Paste(seed=seed), Slide(seed=seed)),
 }
 
-# %% ../nbs/08a_smd.ipynb #e371d4eb
+# %% ../nbs/08a_smd.ipynb #9210b174
 def battery(
     name: str = "paper",  # "paper" or "quick"
     seed: int = 0,  # of all draws
