@@ -88,7 +88,7 @@ def test_selectivity_is_the_mean_of_its_images():
 
 def test_networks_that_are_compared_saw_the_same_images():
     records = records_of("battery")
-    for _, group in records.groupby(["config.data", "config.scale"]):
+    for _, group in records.groupby(["config.data", "config.scale", "config.size"]):
         assert group["config.seed"].nunique() == group["config.conditions"].map(str).nunique() == 1
 
 
