@@ -6,7 +6,7 @@
 __all__ = ['VALUES', 'side_by_side', 'condition_curves', 'absent', 'kind_lines', 'curve_table', 'scatter_selectivity',
            'selectivity_dots', 'strip', 'unstrip', 'read_sheet', 'draw_sheet', 'keep']
 
-# %% ../nbs/15a_curves.ipynb #04ca9b88
+# %% ../nbs/15a_curves.ipynb #64f19f6a
 import io
 import json
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from .plots import MIXING_LINE, MIXING_MARKER, MODEL_COLOUR, accuracy_dots, imag
 from .ranks import correlations
 from .stats import percent
 
-# %% ../nbs/15a_curves.ipynb #117e040b
+# %% ../nbs/15a_curves.ipynb #eebe9c3a
 VALUES = {"accuracy": "top-1 accuracy, %", "kept": "kept, % of clean above chance"}
 
-# %% ../nbs/15a_curves.ipynb #3c56fbab
+# %% ../nbs/15a_curves.ipynb #6be71336
 def side_by_side(
     published: pd.DataFrame,  # from `ledger.curve`
     measured: pd.DataFrame,  # from `claims.on_curve`; may have no rows
@@ -46,7 +46,7 @@ def side_by_side(
     columns = ["source", "model", "mixing", "network", "x", "estimate", "low", "high", "seeds"]
     return pd.concat([read[columns], found[columns].astype({"x": float})] if len(found) else [read[columns]], ignore_index=True)
 
-# %% ../nbs/15a_curves.ipynb #cfb8ab00
+# %% ../nbs/15a_curves.ipynb #b63c8a53
 def _label(axis, ends):
     low, high = axis.get_ylim()
     heights = spread(np.array([height for _, height, _, _ in ends]), (high - low) / 13)
@@ -56,7 +56,7 @@ def _label(axis, ends):
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
         )
 
-# %% ../nbs/15a_curves.ipynb #cb36bf9b
+# %% ../nbs/15a_curves.ipynb #604ba0e7
 def _line(axis, rows, places, shift=0.0, thin=False):
     colour, mixing = MODEL_COLOUR[choose("model", rows["model"].iloc[0], list(MODEL_COLOUR))], rows["mixing"].iloc[0]
     x, y = rows["x"].map(places) + shift, 100 * rows["estimate"]
@@ -65,7 +65,7 @@ def _line(axis, rows, places, shift=0.0, thin=False):
         axis.vlines(x, 100 * rows["low"], 100 * rows["high"], color=colour, linewidth=0.8, alpha=0.7)
     return x.iloc[-1], y.iloc[-1], f"{rows['network'].iloc[0]} {y.iloc[-1]:.1f}", colour
 
-# %% ../nbs/15a_curves.ipynb #b170d91e
+# %% ../nbs/15a_curves.ipynb #385a3c03
 def _panel(axis, table, places, title):
     lines = [rows for _, rows in table.groupby(["model", "mixing"], sort=False)]
     shifts = 0.04 * (np.arange(len(lines)) - (len(lines) - 1) / 2) * (table["source"].eq("measured").any())
@@ -77,7 +77,7 @@ def _panel(axis, table, places, title):
         axis.text(0.5, 0.5, "not measured yet", transform=axis.transAxes, ha="center", color="0.4")
     _label(axis, [end for end, small in zip(ends, thin, strict=True) if not small])
 
-# %% ../nbs/15a_curves.ipynb #cd451df2
+# %% ../nbs/15a_curves.ipynb #d00cc616
 def condition_curves(
     published: pd.DataFrame,  # from `ledger.curve`
     measured: pd.DataFrame,  # from `claims.on_curve`; may have no rows
@@ -99,7 +99,7 @@ def condition_curves(
     figure.set_label(f"{VALUES[value]} against {xlabel}, dashed Original, solid Patch Mixing. At {table['x'].max():g}: {listed}.")
     return figure, table
 
-# %% ../nbs/15a_curves.ipynb #5b1f4dbd
+# %% ../nbs/15a_curves.ipynb #2a0905b0
 def absent(
     what: str,  # what the records lack
 ) -> tuple[Figure, pd.DataFrame]:  # a figure with one line of text; no rows
@@ -111,7 +111,7 @@ def absent(
     figure.set_label(f"{what}: not measured yet.")
     return figure, pd.DataFrame({"title": []})
 
-# %% ../nbs/15a_curves.ipynb #3694d51e
+# %% ../nbs/15a_curves.ipynb #3858e7ae
 def kind_lines(
     battery: pd.DataFrame,  # from `claims.load_battery`; may have no rows
     title: str = "",  # data, scale
@@ -129,13 +129,13 @@ def kind_lines(
     figure.set_label(f"Accuracy by kind of occlusion. {listed}.")
     return figure, table
 
-# %% ../nbs/15a_curves.ipynb #f4371d1a
+# %% ../nbs/15a_curves.ipynb #7ab9def8
 def _words(row):
     if row.source == "published":
         return f"{100 * row.estimate:.4g}"
     return percent((row.estimate, max(row.low, 0), min(row.high, 1))) if row.seeds > 1 else f"{100 * row.estimate:.1f} (one seed)"
 
-# %% ../nbs/15a_curves.ipynb #bcbaa31c
+# %% ../nbs/15a_curves.ipynb #5852bb88
 def curve_table(
     table: pd.DataFrame,  # from `condition_curves`, `kind_lines` or `side_by_side`
     places: Sequence[str] | None = None,  # what the places are called, instead of their numbers
@@ -149,7 +149,7 @@ def curve_table(
     wide = wide.reindex(pd.MultiIndex.from_frame(order)).fillna("")
     return wide.rename(columns="{:g}".format if places is None else dict(enumerate(places)))
 
-# %% ../nbs/15a_curves.ipynb #b8a17e1c
+# %% ../nbs/15a_curves.ipynb #e00f5746
 def _dots(axis, pairs):
     for (model, mixing), rows in pairs.groupby(["model", "mixing"], sort=False):
         face = "white" if mixing == "timm" else MODEL_COLOUR[model]
@@ -158,7 +158,7 @@ def _dots(axis, pairs):
     means = pairs.groupby(["model", "training"], sort=False)[["selectivity", "robustness"]].mean()
     _label(axis, [(x, 100 * y, f"{FAMILY.get(model, model)} {training}", MODEL_COLOUR[model]) for (model, training), (x, y) in zip(means.index, means.to_numpy(), strict=True)])
 
-# %% ../nbs/15a_curves.ipynb #12ef54f3
+# %% ../nbs/15a_curves.ipynb #b781c7bf
 def scatter_selectivity(
     pairs: pd.DataFrame,  # from `ranks.robustness`; may have no rows
     title: str = "",  # data, scale
@@ -167,7 +167,8 @@ def scatter_selectivity(
     "Every network as a dot: open for Original, filled for Patch Mixing; labels at the means."
     table = correlations(pairs)
     first = table.iloc[0]
-    words = f"Spearman {first['estimate']:.2f} [{first['low']:.2f}, {first['high']:.2f}], {first['n']:.0f} networks" if first["n"] >= 4 else "not measured yet"
+    limits = f" [{first['low']:.2f}, {first['high']:.2f}]" if first["low"] == first["low"] else ""
+    words = f"Spearman {first['estimate']:.2f}{limits}, {first['n']:.0f} networks" if first["n"] >= 4 else "not measured yet"
     with style():
         figure, axis = plt.subplots(figsize=(6, 3))
         _dots(axis, pairs)
@@ -175,7 +176,7 @@ def scatter_selectivity(
     figure.set_label(f"Kept under occlusion against {xlabel}, one dot a network. {words}.")
     return figure, table
 
-# %% ../nbs/15a_curves.ipynb #b1640b27
+# %% ../nbs/15a_curves.ipynb #1a56e764
 def selectivity_dots(
     selectivity: pd.DataFrame,  # from `ranks.load_selectivity`; may have no rows
     images: str = "patch",  # set: "patch" or "smd"
@@ -188,7 +189,7 @@ def selectivity_dots(
         return absent(f"selectivity on set {images!r}")
     return accuracy_dots(rows.rename(columns={"train_seed": "seed", score: "accuracy"}), title, f"selectivity ({score}), points")
 
-# %% ../nbs/15a_curves.ipynb #dc141fbf
+# %% ../nbs/15a_curves.ipynb #81d2f214
 def strip(
     images: torch.Tensor,  # uint8 n 3 s s
 ) -> bytes:  # a PNG of n s x s pixels
@@ -199,7 +200,7 @@ def strip(
     Image.fromarray(np.concatenate(images.movedim(1, -1).numpy(), axis=1)).save(file, format="PNG", optimize=True)
     return file.getvalue()
 
-# %% ../nbs/15a_curves.ipynb #a294485a
+# %% ../nbs/15a_curves.ipynb #fde2bd0f
 def unstrip(
     content: bytes,  # from `strip`
 ) -> torch.Tensor:  # uint8 n 3 s s
@@ -207,7 +208,7 @@ def unstrip(
     wide = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
     return torch.stack(wide.split(wide.shape[0], dim=1)).movedim(-1, 1)
 
-# %% ../nbs/15a_curves.ipynb #cd6fa083
+# %% ../nbs/15a_curves.ipynb #1eb9bc7e
 def read_sheet(
     folder: str | Path,  # a store
     name: str,  # of the sheet
@@ -222,7 +223,7 @@ def read_sheet(
             return unstrip(store.attachment(folder, run_id, f"{name}.png")), captions[name]
     return None
 
-# %% ../nbs/15a_curves.ipynb #77bda51c
+# %% ../nbs/15a_curves.ipynb #69117fe1
 def draw_sheet(
     folder: str | Path,  # a store
     name: str,  # of the sheet
@@ -233,7 +234,7 @@ def draw_sheet(
     found = read_sheet(folder, name, data)
     return image_sheet(*found, columns) if found else absent(f"sheet {name!r} of {data}")
 
-# %% ../nbs/15a_curves.ipynb #e99fc42c
+# %% ../nbs/15a_curves.ipynb #1aa40fa9
 def keep(
     drawn: tuple[Figure, pd.DataFrame],  # from a plot function
     name: str,  # file name without its end

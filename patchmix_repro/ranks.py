@@ -6,7 +6,7 @@
 __all__ = ['CONTRAST', 'SCORES', 'set_of', 'load_selectivity', 'score_table', 'robustness', 'rank_correlation', 'pairing_test',
            'correlations']
 
-# %% ../nbs/14b_ranks.ipynb #a59b132e
+# %% ../nbs/14b_ranks.ipynb #1f11ab22
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
@@ -20,10 +20,10 @@ from .core import InputError, choose, keyed_seed
 from .ledger import FAMILY, TRAINING
 from .stats import Interval, holm
 
-# %% ../nbs/14b_ranks.ipynb #c063cb4d
+# %% ../nbs/14b_ranks.ipynb #d5958f30
 CONTRAST = {"patch": "donor", "smd": "runner_up"}  # of c-RISE, that a set's own name stands for
 
-# %% ../nbs/14b_ranks.ipynb #1fb4b39c
+# %% ../nbs/14b_ranks.ipynb #4510c8ba
 def set_of(
     images: str,  # set of the record: "patch", "smd"
     contrast: str | None = None,  # of the record; None and "auto": the set's own
@@ -31,10 +31,10 @@ def set_of(
     "The name under which a page finds a set."
     return images if contrast in (None, "auto", CONTRAST.get(images)) else f"{images}-{contrast}"
 
-# %% ../nbs/14b_ranks.ipynb #3058ffab
+# %% ../nbs/14b_ranks.ipynb #cf59b0bc
 SCORES = ("mass", "mean", "mass_chance", "mean_chance", "mass_gauss", "mean_gauss")
 
-# %% ../nbs/14b_ranks.ipynb #370e5584
+# %% ../nbs/14b_ranks.ipynb #2c9852fe
 def load_selectivity(
     folder: str | Path,  # a store
     data: str,  # data set of the records
@@ -48,7 +48,7 @@ def load_selectivity(
     groups = images.assign(curve=pd.Series(sets, dtype=str)).groupby(["run_id", "model", "mixing", "training", "train_seed", "curve"], sort=False)
     return groups[[*SCORES, "correct"]].mean().assign(n=groups.size()).reset_index()
 
-# %% ../nbs/14b_ranks.ipynb #a17ea22b
+# %% ../nbs/14b_ranks.ipynb #f9cff7b6
 def score_table(
     selectivity: pd.DataFrame,  # from `load_selectivity`
 ) -> pd.DataFrame:  # index set, network, n (images), seeds; a column a score: mean [interval over seeds]
@@ -61,7 +61,7 @@ def score_table(
         words[score] = [f"{value:.3f}{limit}" for value, limit in zip(found["estimate"], limits, strict=True)]
     return pd.DataFrame(words, index=pd.MultiIndex.from_frame(found[[*by, "seeds"]].rename(columns={"curve": "set"})))
 
-# %% ../nbs/14b_ranks.ipynb #9c12b4ab
+# %% ../nbs/14b_ranks.ipynb #2ee44319
 def robustness(
     battery: pd.DataFrame,  # from `load_battery`
     selectivity: pd.DataFrame,  # from `load_selectivity`
@@ -76,7 +76,7 @@ def robustness(
     mine = selectivity[selectivity["curve"].eq(images)].groupby(network)[choose("score", score, SCORES)].mean().rename("selectivity")
     return pd.concat([mine, kept, clean], axis=1, join="inner").reset_index()
 
-# %% ../nbs/14b_ranks.ipynb #28a2705e
+# %% ../nbs/14b_ranks.ipynb #59b883ea
 def _left(columns):
     "Ranks of the first two columns, without what the others explain."
     ranks = rankdata(columns, axis=0)
@@ -84,13 +84,13 @@ def _left(columns):
     given = ranks[:, 2:]
     return (ranks[:, :2] - given @ np.linalg.lstsq(given, ranks[:, :2], rcond=None)[0]).T
 
-# %% ../nbs/14b_ranks.ipynb #3abdff68
+# %% ../nbs/14b_ranks.ipynb #02863b32
 def _partial(columns):
     x, y = _left(columns)
     size = np.sqrt((x @ x) * (y @ y))
     return x @ y / size if size > 1e-9 * len(columns) ** 3 else np.nan
 
-# %% ../nbs/14b_ranks.ipynb #60fad923
+# %% ../nbs/14b_ranks.ipynb #663c3630
 def rank_correlation(
     x: Sequence[float],  # one value a network
     y: Sequence[float],  # same networks
@@ -99,19 +99,21 @@ def rank_correlation(
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the bootstrap
     level: float = 0.95,  # of the interval
-) -> Interval:  # estimate is NaN where the ranks leave nothing to correlate
+) -> Interval:  # estimate is NaN where the ranks leave nothing to correlate; low and high below 5 groups, too few to resample
     "Spearman's rank correlation, partial where something is given, with a percentile bootstrap over groups."
     columns = np.column_stack([np.asarray(column, dtype=np.float64) for column in (x, y, *given)])
     if len(columns) < 4 or not np.isfinite(columns).all():
         raise InputError(f"{len(columns)} networks, {int((~np.isfinite(columns)).sum())} values missing. Give at least 4 networks and no gaps.")
     groups = np.arange(len(columns)) if groups is None else pd.factorize(np.asarray(groups))[0]
     members, rng = [np.flatnonzero(groups == g) for g in range(groups.max() + 1)], np.random.default_rng(keyed_seed(seed, "rank_correlation"))
+    if len(members) < 5:
+        return Interval(float(_partial(columns)), np.nan, np.nan, len(columns))
     picked = (np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))]) for _ in range(draws))
     drawn = np.array([_partial(columns[rows]) for rows in picked])
     low, high = np.quantile(drawn[np.isfinite(drawn)], [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(drawn).any() else (np.nan, np.nan)
     return Interval(float(_partial(columns)), float(low), float(high), len(columns))
 
-# %% ../nbs/14b_ranks.ipynb #69658521
+# %% ../nbs/14b_ranks.ipynb #08f69024
 def pairing_test(
     x: Sequence[float],  # one value a recipe
     y: Sequence[float],  # same recipes
@@ -133,7 +135,7 @@ def pairing_test(
     found = np.abs(paired @ left) / np.linalg.norm(paired, axis=1).clip(1e-12)
     return float(estimate), float((found >= found[0] * (1 - 1e-9)).mean())
 
-# %% ../nbs/14b_ranks.ipynb #119da89c
+# %% ../nbs/14b_ranks.ipynb #bc84be3f
 def correlations(
     pairs: pd.DataFrame,  # from `robustness`
     seed: int = 0,  # of the bootstrap and the pairings
