@@ -5,10 +5,10 @@ Both take turns over the same images in one run, so a busy machine slows both al
 
 import json
 import statistics
-import time
 
 import pytest
 import torch
+from test_saliency_speed import seconds
 
 from patchmix_repro.core import project_root
 from patchmix_repro.data import create_dataset, normalize
@@ -27,17 +27,6 @@ def bare(model, images, batch_size, rounds):
     with torch.no_grad():
         for _ in range(rounds):
             torch.cat([model(x) for x in images.split(batch_size)]).cpu()
-
-
-def seconds(call):
-    "Of one call, until a GPU has done all of it."
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def test_battery(benchmark, device, tmp_path, n=256, rounds=5):
