@@ -65,10 +65,10 @@ KINDS["leaf"] = (
 
 # %% ../nbs/03i_cutouts.ipynb #0fd4d407
 def trim(
-    rgba: np.ndarray,  # uint8 h w 4
-) -> np.ndarray:  # uint8 h w 4: the smallest box with everything that alpha shows; (0, 0, 4) when it shows nothing
+    rgba: np.ndarray,  # uint8 h w c, alpha last
+) -> np.ndarray:  # uint8 h w c: the smallest box with everything that alpha shows; (0, 0, c) when it shows nothing
     "Cut the empty border off."
-    rows, columns = (rgba[..., 3].any(axis).nonzero()[0] for axis in (1, 0))
+    rows, columns = (rgba[..., -1].any(axis).nonzero()[0] for axis in (1, 0))
     return rgba[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] if len(rows) else rgba[:0, :0]
 
 # %% ../nbs/03i_cutouts.ipynb #1bd79e20

@@ -68,7 +68,7 @@ def seen_scores(
     with evaluating(network.model, x):
         target = network.model(x).argmax(1)
         blocks = look(network.model, x, lambda z: pick(SCORES["prob"](z), target), masking.blocks(*x.shape[2:]), masking)
-        return torch.cat(list(blocks)).cpu()
+        return torch.cat([scores for scores, _ in blocks]).cpu()
 
 # %% ../nbs/15e_mask_counts.ipynb #228ce829
 def window(

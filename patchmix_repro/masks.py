@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'METHODS', 'upsampling', 'Masks', 'draw_masks', 'overlap', 'linear_map', 'Saliency', 'left_out', 'pooling',
-           'patch_means', 'average']
+           'patch_means', 'Sums', 'regressed', 'average']
 
 # %% ../nbs/12c_masks.ipynb #94e9c502
 from collections.abc import Callable
@@ -128,18 +128,51 @@ def patch_means(
 # %% ../nbs/12c_masks.ipynb #5f19c18e
 METHODS = ("rise", "centred", "regression")
 
-# %% ../nbs/12c_masks.ipynb #293b5ce6
-def _terms(scores, draw, keep, method):
-    if method == "rise":
-        return scores, 0.0, 0.0
-    if method == "centred":
-        return scores - scores.mean(0), keep, 0.0
+# %% ../nbs/12c_masks.ipynb #eb45de76
+class Sums:
+    "Running sums of scores and masks: memory does not grow with the number of masks."
+
+    def __init__(
+        self,
+        keep: float = 0.5,  # probability that a cell is on
+        centre: float = 0.0,  # value from which masks are counted
+        centred: bool = False,  # count scores from their mean
+    ):
+        self.keep, self.centre, self.centred, self.n = keep, centre, centred, 0
+
+    def add(self, scores, masks):
+        "Scores m b or m b k of masks m h w."
+        if not self.n:
+            self.shape, self.sums = (*scores.shape[1:], *masks.shape[1:]), [0.0] * 6
+            self.first = scores.mean(0) if self.centred else 0.0
+        v, flat = (scores - self.first).flatten(1).T.float(), masks.flatten(1) - self.centre
+        square = flat.square()
+        more = [v @ square, flat.sum(0), square.sum(0), v.sum(1, keepdim=True)] if self.centred else []
+        self.sums = [old + new.double() for old, new in zip(self.sums, [v @ flat, v.square() @ square, *more], strict=False)]
+        self.n += len(scores)
+
+    def found(self) -> Saliency:  # maps ... h w
+        "The map of the masks so far, with its standard error."
+        mean, square, *more = (each / self.n for each in self.sums)
+        if more:
+            crossed, mask, masks, score = more
+            mean, square = mean - score * mask, square - 2 * score * crossed + score.square() * masks
+        stderr = ((square - mean.square()).clamp(min=0) / (self.n - 1)).sqrt()
+        return Saliency(*((part / self.keep).float().reshape(self.shape) for part in (mean, stderr)), self.n)
+
+# %% ../nbs/12c_masks.ipynb #c1f56881
+def regressed(
+    scores: Tensor,  # float64 m t
+    draw: Callable[[int], Masks],  # number of a block -> its masks
+    keep: float = 0.5,  # probability that a cell is on
+) -> tuple[Tensor, Tensor]:  # float64: what each mask leaves of the fitted line m t, and the line's map t h w
+    "Fit the means of the masks to the scores."
     blocks = [draw(i) for i in range(-(-len(scores) // BLOCK))]
     features = torch.cat([patch_means(block) for block in blocks])[: len(scores)]
     parts = [left_out(features, part) for part in scores.split(256, 1)]
     slopes, rest = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     (h, w), (gh, gw) = blocks[0].size, blocks[0].cells.shape[1:]
-    return rest, keep, linear_map(pooling(gh, h).T @ slopes.T.unflatten(1, (gh, gw)) @ pooling(gw, w), (gh, gw), keep)
+    return rest, linear_map(pooling(gh, h).T @ slopes.T.unflatten(1, (gh, gw)) @ pooling(gw, w), (gh, gw), keep)
 
 # %% ../nbs/12c_masks.ipynb #43f50e05
 def average(
@@ -149,13 +182,12 @@ def average(
     method: str = "rise",  # one of METHODS
 ) -> Saliency:  # maps ... h w
     "The map of the scores, with its standard error; masks are drawn again, block by block."
-    terms, centre, known = _terms(scores.flatten(1).double().cpu(), draw, keep, choose("method", method, METHODS))
-    sums, n = 0, len(terms)
-    for block, part in enumerate(terms.T.float().to(scores.device).split(BLOCK, 1)):
-        m = draw(block).dense(scores.device)[: part.shape[1]]
-        v, flat = part, m.flatten(1) - centre
-        sums = sums + torch.stack([v @ flat, v.square() @ flat.square_()]).double()
-    mean, square = (sums / n).unflatten(2, m.shape[1:])
-    stderr = ((square - mean.square()).clamp(min=0) / (n - 1)).sqrt() / keep
-    maps = mean / keep + torch.as_tensor(known, device=mean.device)
-    return Saliency(*(v.float().reshape(*scores.shape[1:], *m.shape[1:]) for v in (maps, stderr)), n)
+    sums, known = Sums(keep, keep * (choose("method", method, METHODS) != "rise"), method == "centred"), None
+    terms = scores.double()
+    if method == "regression":
+        rest, known = regressed(terms.flatten(1).cpu(), draw, keep)
+        terms = rest.to(scores.device).reshape(scores.shape)
+    for block, part in enumerate(terms.split(BLOCK)):
+        sums.add(part, draw(block).dense(scores.device)[: len(part)])
+    found = sums.found()
+    return found if known is None else found._replace(map=found.map + known.to(found.map).reshape(found.map.shape))

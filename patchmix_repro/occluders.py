@@ -115,37 +115,42 @@ def load_occluders(
 # %% ../nbs/07a_occluders.ipynb #fad0000d
 RULES = ("keep", "published")
 
+# %% ../nbs/07a_occluders.ipynb #5177a3fe
+def _pillow(array, change):
+    changed = np.array(change(Image.fromarray(array if array.shape[2] == 4 else array[..., 0])))
+    return changed.reshape(*changed.shape[:2], array.shape[2])
+
 # %% ../nbs/07a_occluders.ipynb #200f42cc
 def resize_occluder(
-    rgba: np.ndarray,  # uint8 h w 4
+    rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
     area: float,  # pixels with alpha > 0 that the result should have
     rule: str = "keep",  # "keep": the aspect ratio stays; "published": it is squared, as in SMD's scripts
-) -> np.ndarray:  # uint8 h w 4
+) -> np.ndarray:  # uint8 h w 4 or h w 1
     "A cut-out at its target area, by Lanczos on premultiplied colours."
     h, w = rgba.shape[:2]
-    scale = area / np.count_nonzero(rgba[..., 3])
+    scale = area / np.count_nonzero(rgba[..., -1])
     aspect = {"keep": 1.0, "published": w / h}[choose("rule", rule, RULES)]
     width = max(round(w * math.sqrt(scale * aspect)), 1)
     height = max(round(scale * w * h / width), 1)
-    return np.array(Image.fromarray(rgba).resize((width, height), Image.Resampling.LANCZOS))
+    return _pillow(rgba, lambda image: image.resize((width, height), Image.Resampling.LANCZOS))
 
 # %% ../nbs/07a_occluders.ipynb #254ccaa3
 def rotate_occluder(
-    rgba: np.ndarray,  # uint8 h w 4
+    rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
     angle: float,  # degrees, counter-clockwise
-) -> np.ndarray:  # uint8 h w 4, trimmed
+) -> np.ndarray:  # uint8 h w 4 or h w 1, trimmed
     "A cut-out turned about its centre, on an expanded canvas."
     if not (isinstance(angle, Real) and math.isfinite(angle)):
         raise InputError(f"angle {angle!r} turns nothing. Give degrees, a finite number.")
-    return trim(np.array(Image.fromarray(rgba).rotate(angle, Image.Resampling.BICUBIC, expand=True)))
+    return trim(_pillow(rgba, lambda image: image.rotate(angle, Image.Resampling.BICUBIC, expand=True)))
 
 # %% ../nbs/07a_occluders.ipynb #7e8fe6ff
 def harden(
-    rgba: np.ndarray,  # uint8 h w 4
-) -> np.ndarray:  # uint8 h w 4, alpha 0 or 255, trimmed
+    rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
+) -> np.ndarray:  # uint8 h w 4 or h w 1, alpha 0 or 255, trimmed
     "Cut alpha at 50 %: what is half there is there."
     hard = rgba.copy()
-    hard[..., 3] = np.where(rgba[..., 3] >= 128, 255, 0)
+    hard[..., -1] = np.where(rgba[..., -1] >= 128, 255, 0)
     return trim(hard)
 
 # %% ../nbs/07a_occluders.ipynb #e36eec6f
@@ -161,14 +166,14 @@ def _spots(cutouts, centres, frame):
 
 # %% ../nbs/07a_occluders.ipynb #90933e43
 def cover(
-    cutouts: list[np.ndarray],  # uint8 h w 4 each
+    cutouts: list[np.ndarray],  # uint8 h w 4, or h w 1: alpha alone, each
     centres: list[tuple[int, int]],  # x, y of each, px
     frame: tuple[int, int],  # height and width of the image, px
 ) -> np.ndarray:  # bool h w
     "The pixels that cut-outs cover."
     covered = np.zeros(frame, bool)
     for spot, part in _spots(cutouts, centres, frame):
-        covered[spot] |= part[..., 3] >= 128
+        covered[spot] |= part[..., -1] >= 128
     return covered
 
 # %% ../nbs/07a_occluders.ipynb #299060b5

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import InputError, NonFiniteError, choose
-from .masks import BLOCK, METHODS, Masks, Saliency, average, draw_masks
+from .masks import BLOCK, METHODS, Masks, Saliency, Sums, average, draw_masks
 
 # %% ../nbs/13_saliency.ipynb #a8903af0
 SCORES = {"prob": lambda z: z.softmax(-1), "logit": lambda z: z, "logprob": lambda z: z.log_softmax(-1)}
@@ -58,7 +58,7 @@ def masked_logits(
 ) -> Tensor:  # float32 m b k
     "Logits of every image under every mask."
     columns = []
-    for images in x.permute(0, 2, 3, 1).split(size):
+    for images in x.permute(0, 2, 3, 1).contiguous().split(size):
         parts = masks[:, None, :, :, None].split(max(1, size // len(images)))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             rows = [model((part * images).flatten(0, 1).permute(0, 3, 1, 2)) for part in parts]
@@ -190,7 +190,7 @@ def look(
     read: Callable[[Tensor], Tensor],  # logits m b k -> scores m b or m b k
     draw: Callable[[int], Masks],  # number of a block -> its masks
     masking: Masking,  # how
-):  # yields the scores of block after block
+):  # yields scores and masks m h w of block after block
     "Scores of the masked images."
     auto, dtype = masking.batch_size == "auto", _autocast(masking.dtype, x.is_cuda)
     size = (256 if x.is_cuda else 32) if auto else masking.batch_size
@@ -201,7 +201,7 @@ def look(
             if not (scores := read(logits)).isfinite().all():
                 raise NonFiniteError(f"scores are NaN or infinite within masks {start} to {start + len(masks) - 1}. Check the weights, or use float32: dtype=None.")
             bar.update(len(masks))
-            yield scores
+            yield scores, masks
 
 # %% ../nbs/13_saliency.ipynb #4458a655
 def explain(
@@ -211,12 +211,13 @@ def explain(
     masking: Masking,  # how
 ) -> Saliency:
     "Map of any score; with a tolerance, it is made each time the number of masks has grown by a quarter."
-    draw, scores, seen, due = masking.blocks(*x.shape[-2:]), [], 0, 0
-    for part in look(model, x, read, draw, masking):
-        scores.append(part)
-        seen += len(part)
+    draw, streams, kept, seen, due = masking.blocks(*x.shape[-2:]), masking.method != "regression", [], 0, 0
+    sums = Sums(masking.keep, masking.keep * (masking.method == "centred"), masking.method == "centred")
+    for scores, masks in look(model, x, read, draw, masking):
+        sums.add(scores, masks) if streams else kept.append(scores)
+        seen += len(scores)
         if seen == masking.num_masks or masking.tolerance and seen >= due:
-            found, due = average(torch.cat(scores), draw, masking.keep, masking.method), seen * 5 // 4
+            found, due = sums.found() if streams else average(torch.cat(kept), draw, masking.keep, masking.method), seen * 5 // 4
             if masking.tolerance and found.stderr.max() < masking.tolerance:
                 break
     return found
@@ -225,7 +226,7 @@ def explain(
 def rise(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w, as the model takes it: 0 is off
-    target: Tensor | int | str | None = None,  # int64 b; None: the predicted class; "all": every class, which keeps num_masks b k scores in memory
+    target: Tensor | int | str | None = None,  # int64 b; None: the predicted class; "all": every class
     num_masks: int = 4000,  # at most; at least 2
     grid: int | tuple[int, int] = 7,  # cells a side, or (gh, gw)
     keep: float = 0.5,  # probability that a cell is on
@@ -233,7 +234,7 @@ def rise(
     batch_size: int | str = "auto",  # masked copies a forward pass; does not change the map
     score: str = "prob",  # "prob", "logit" or "logprob"
     tolerance: float | None = None,  # stop once the largest standard error of all pixels is below
-    method: str = "rise",  # "rise" (published), "centred" or "regression"
+    method: str = "rise",  # "rise" (published) or "centred", which stream; "regression" keeps num_masks scores an image and class
     dtype: torch.dtype | str | None = "auto",  # autocast; "auto": bfloat16 on a GPU; None: float32
     progress: bool = False,  # show a bar
 ) -> Saliency:  # maps b h w, or b k h w with target "all"

@@ -14,7 +14,7 @@ from patchmix_repro.core import DataError, InputError, unpack_zip
 from patchmix_repro.cutouts import KINDS, draw_occluder, trim
 from patchmix_repro.occluders import (cover, fingerprint, harden, kind_of, load_occluders, paste, read_occluder, resize_occluder,
                                       rotate_occluder)
-from patchmix_repro.placing import CANDIDATES, TOLERANCE, Piece, arrange, choose_corner, cut_out, draw_files, occlude, plan_occlusion
+from patchmix_repro.placing import CANDIDATES, TOLERANCE, Piece, arrange, choose_corner, cut_out, draw_files, occlude, outlines, plan_occlusion
 
 EMBEDDED = load_occluders()
 
@@ -115,6 +115,13 @@ def test_leaving_out_names_that_do_not_exist_or_everything():
 
 
 # ---- resize, turn, harden ----
+
+@given(st.sampled_from(EMBEDDED.files), st.integers(4, 20000), st.floats(-180, 180), st.sampled_from(["keep", "published"]), st.sampled_from(["hard", "soft"]))
+@settings(max_examples=60)
+def test_an_outline_is_the_alpha_of_its_cut_out(file, area, angle, rule, edge):
+    piece = Piece(file, kind_of(file), area, angle, 0, 0, rule, edge)
+    assert np.array_equal(cut_out(piece, outlines(EMBEDDED))[..., 0], cut_out(piece, EMBEDDED)[..., 3])
+
 
 def test_the_two_rules_by_hand():
     "A solid 40 x 10 cut-out to 1600 px: twice each side, or, published, the aspect ratio 4 becomes 16."

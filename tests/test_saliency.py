@@ -156,7 +156,33 @@ def test_masked_logits_pair_every_mask_with_every_image():
 def test_look_yields_the_scores_of_block_after_block():
     with torch.no_grad():
         parts = list(look(Linear(), photos(2), lambda z: z[..., 0], Masking().blocks(14, 14), Masking(num_masks=300)))
-    assert [p.shape for p in parts] == [(BLOCK, 2), (BLOCK, 2), (44, 2)]
+    assert [p.shape for p, _ in parts] == [(BLOCK, 2), (BLOCK, 2), (44, 2)]
+    assert [m.shape for _, m in parts] == [(BLOCK, 14, 14), (BLOCK, 14, 14), (44, 14, 14)]
+
+
+@pytest.mark.parametrize("method", ["rise", "centred"])
+def test_scores_of_all_classes_are_not_kept(method):
+    "Streamed: no tensor of the run has a row for each mask."
+    rows, model, x = 2000, Linear(), photos()
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        streamed = rise(model, x, "all", num_masks=rows, method=method)
+    sides = {side for event in seen.events() for shape in event.input_shapes for side in shape if isinstance(side, int)}
+    assert rows not in sides and BLOCK in sides and streamed.num_masks == rows
+    whole = rise(model, x, 0, num_masks=rows, method=method)
+    assert torch.allclose(streamed.map[:, 0], whole.map, atol=1e-5) and torch.allclose(streamed.stderr[:, 0], whole.stderr, atol=1e-6)
+
+
+def test_copies_lie_with_channels_last():
+    "Convolutions read that layout fastest; the copies once came out channels first."
+    strides = []
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            strides.append(x.is_contiguous(memory_format=torch.channels_last))
+            return x.mean((2, 3))
+
+    masked_logits(Seen(), photos(3), draw_masks(14, 14).dense()[:5], 4)
+    assert strides and all(strides)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
