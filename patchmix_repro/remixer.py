@@ -157,7 +157,7 @@ def _walk(net, x, distance):
         x = checkpoint(call, *arguments, use_reentrant=False) if again else call(*arguments)
     return base.norm(x) if hasattr(base, "norm") else x
 
-# %% ../nbs/09_remixer.ipynb #0b47af30
+# %% ../nbs/09_remixer.ipynb #de83910e
 class Remixed(nn.Module):
     "`base`, reweighted by patch labels; `kappa` holds one scale a block, 0 for blocks that are not remixed."
 
@@ -185,8 +185,11 @@ class Remixed(nn.Module):
             return features + 0 * self.kappa.sum() if torch.is_grad_enabled() else features  # no parameter is left out of the graph
         return _walk(self, x, self.distances(x, labels))
 
+    def forward_head(self, features):
+        return self.base.forward_head(features)
+
     def forward(self, x, labels=None):  # normalised images b 3 h w, labels b n k -> logits b k
-        return self.base.forward_head(self.forward_features(x, labels))
+        return self.forward_head(self.forward_features(x, labels))
 
     def no_weight_decay(self):  # names, for timm's optimizers
         return {"kappa", *(f"base.{name}" for name in getattr(self.base, "no_weight_decay", set)())}
