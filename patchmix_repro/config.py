@@ -44,7 +44,7 @@ RECIPES = {name: {**COMMON, "augmentation": "crop", "crop": 0.35, "erase": 0.0, 
 RECIPES |= {name: {**COMMON, "augmentation": "rand-m9-mstd0.5-inc1", "crop": 0.08, "erase": 0.25, **values} for name, values in OFFICIAL.items()}
 
 # %% ../nbs/10a_config.ipynb #b0d56469
-FAMILY = {"drop_path": {"convnext_s": 0.4, "swin_s": 0.3}, "lr": {"deit": 1e-3, "deit_b": 1e-3, "convit": 1e-3, "swin": 2e-3, "swin_s": 2e-3, "mixer": 2e-3}}
+FAMILY = {"drop_path": {"convnext_s": 0.4, "swin_s": 0.3}, "lr": {"deit": 1e-3, "deit_b": 1e-3, "convit": 1e-3, "relpos": 1e-3, "swin": 2e-3, "swin_s": 2e-3, "mixer": 2e-3}}
 
 # %% ../nbs/10a_config.ipynb #77459aec
 def recipe_for(

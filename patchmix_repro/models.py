@@ -16,6 +16,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from tqdm.auto import tqdm
 
 from .core import InputError, choose
@@ -34,10 +35,11 @@ STAGES = {  # (width of the first stage, blocks of the four stages)
 }
 
 # %% ../nbs/10_models.ipynb #80d41aa6
-TOKENS = {  # (width, blocks, heads); heads count for DeiT and ConViT only
+TOKENS = {  # (width, blocks, heads); heads count where there is attention
     "deit": {"mini": (64, 6, 2), "small": (192, 8, 3), "paper": (384, 12, 6)},
     "deit_b": {"mini": (96, 6, 3), "small": (240, 8, 4), "paper": (768, 12, 12)},
     "convit": {"mini": (64, 6, 2), "small": (192, 8, 3), "paper": (384, 12, 6)},
+    "relpos": {"mini": (64, 6, 2), "small": (192, 8, 3), "paper": (384, 12, 6)},
     "mixer": {"mini": (96, 6, 0), "small": (256, 6, 0), "paper": (512, 8, 0)},
     "convmixer": {"mini": (192, 6, 0), "small": (384, 8, 0), "paper": (512, 8, 0)},
     "convmixer_full": {"mini": (192, 6, 0), "small": (384, 8, 0), "paper": (512, 8, 0)},
@@ -68,6 +70,12 @@ def _convit(name, scale, **kw):
     return ConVit(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width // heads, depth=blocks, num_heads=heads,
                   local_up_to_layer=round(blocks * 10 / 12), **kw)
 
+# %% ../nbs/10_models.ipynb #46c12157
+def _relpos(name, scale, **kw):
+    width, blocks, heads = TOKENS[name][scale]
+    return VisionTransformerRelPos(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width, depth=blocks, num_heads=heads,
+                                   rel_pos_type="bias", init_values=None, **kw)
+
 # %% ../nbs/10_models.ipynb #b16a0460
 def _mixer(name, scale, **kw):
     width, blocks, _ = TOKENS[name][scale]
@@ -85,7 +93,7 @@ def _convmixer(name, scale, drop_path_rate=0.0, **kw):
     return model
 
 # %% ../nbs/10_models.ipynb #7435a1f0
-BUILDERS = {"convnext": _convnext, "swin": _swin, "deit": _deit, "convit": _convit, "mixer": _mixer, "convmixer": _convmixer}
+BUILDERS = {"convnext": _convnext, "swin": _swin, "deit": _deit, "convit": _convit, "relpos": _relpos, "mixer": _mixer, "convmixer": _convmixer}
 
 # %% ../nbs/10_models.ipynb #b77a8149
 PRETRAINED = {
