@@ -198,8 +198,7 @@ class MixingSwitch:
 
     def __post_init__(self):
         _check_alphas(mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha)
-        _fraction(label_smoothing=self.label_smoothing)
-        _check_weights(self.weights)
+        _fraction(label_smoothing=self.label_smoothing), _check_weights(self.weights)
         self.patchmix = self.patchmix or PatchMixing(self.num_classes, label_smoothing=self.label_smoothing)
         _check_patchmix(self.patchmix, self.num_classes, self.label_smoothing)
         self._own = OwnGenerator(self.seed)
