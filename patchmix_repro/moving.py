@@ -5,20 +5,16 @@
 # %% auto #0
 __all__ = ['GEOMETRY', 'augment_maps', 'erase_maps', 'follow']
 
-# %% ../nbs/07c_moving.ipynb #38eb74c8
+# %% ../nbs/07c_moving.ipynb #18ecf4a9
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.auto_augment import NAME_TO_OP
-from torch import Generator, Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torch import Tensor
 
 from .areas import box_shares, resample
-from .core import InputError, keyed_generator
-from .data import IMAGENET_MEAN, crop_affine, crop_draws, to_float
+from .core import InputError
+from .data import crop_affine, crop_draws
 
 # %% ../nbs/07c_moving.ipynb #237b3edd
 def augment_maps(
