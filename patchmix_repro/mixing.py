@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from .areas import area_resize
 from .core import InputError, choose
-from .pairs import BlendPlan, BoxPlan, OwnGenerator, draw_beta, draw_blend, draw_cut, draw_partners, mix_labels, soft_labels
+from .pairs import BlendPlan, BoxPlan, OwnGenerator, blend_maps, draw_beta, draw_blend, draw_cut, draw_partners, mix_labels, soft_labels
 from .patches import choose_patches, gather_patches, patch_sides
 
 # %% ../nbs/06_mixing.ipynb #c68d6453
@@ -31,6 +32,11 @@ class PatchPlan(NamedTuple):
         own = torch.arange(len(x), device=self.mask.device)[:, None]
         source = torch.where(self.mask, self.partner[:, None], own)
         return gather_patches(x, source, torch.arange(source.shape[1], device=source.device)[None], self.grid)
+
+    def apply_maps(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        "The same patches of label maps b k h w of any resolution; size is the images', h w."
+        cells = self.mask.float().unflatten(1, self.grid)[:, None]
+        return blend_maps(maps, self.partner, area_resize(cells, maps.shape[-2:]).to(maps.device))
 
 # %% ../nbs/06_mixing.ipynb #05b0ca4f
 def _law(ratio):
@@ -56,14 +62,16 @@ def draw_ratio(
     return low + (high - low) * torch.rand(b, generator=generator, dtype=torch.float64, device=generator.device)
 
 # %% ../nbs/06_mixing.ipynb #5030d984
-def _mix(mixer, x, y, generator):
+def _mix(mixer, x, y, generator, maps=None):
     soft = soft_labels(y, mixer.num_classes)
     if x.ndim != 4 or len(x) != len(soft):
         raise InputError(f"images {tuple(x.shape)} and labels {tuple(y.shape)} do not go together. Give images b c h w and one label per image.")
     if not mixer.mixup_enabled:
-        return x, mix_labels(soft, torch.arange(len(x)), torch.zeros(len(x)), mixer.label_smoothing)
+        plain = x, mix_labels(soft, torch.arange(len(x)), torch.zeros(len(x)), mixer.label_smoothing)
+        return plain if maps is None else (*plain, maps)
     plan = mixer.draw(x.shape, mixer._own() if generator is None else generator)
-    return plan.apply(x), mix_labels(soft, plan.partner, plan.weight, mixer.label_smoothing)
+    mixed = plan.apply(x), mix_labels(soft, plan.partner, plan.weight, mixer.label_smoothing)
+    return mixed if maps is None else (*mixed, plan.apply_maps(maps, x.shape[-2:]))
 
 # %% ../nbs/06_mixing.ipynb #29c99b7e
 def _fraction(**values):
@@ -152,8 +160,9 @@ class PatchMixing:
         x: Tensor,  # images b c h w; not changed
         y: Tensor,  # labels: int b, or float b k
         generator: Generator | None = None,  # source of the draws; None: the private one
-    ) -> tuple[Tensor, Tensor]:  # mixed images b c h w, labels float32 b k
-        return _mix(self, x, y, generator)
+        maps: Tensor | None = None,  # label maps float b k h' w' that follow the images
+    ) -> tuple[Tensor, ...]:  # mixed images b c h w, labels float32 b k; with maps: and mixed maps
+        return _mix(self, x, y, generator, maps)
 
 # %% ../nbs/06_mixing.ipynb #e55f6281
 def _check_alphas(**alphas):
@@ -189,8 +198,7 @@ class MixingSwitch:
 
     def __post_init__(self):
         _check_alphas(mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha)
-        _fraction(label_smoothing=self.label_smoothing)
-        _check_weights(self.weights)
+        _fraction(label_smoothing=self.label_smoothing), _check_weights(self.weights)
         self.patchmix = self.patchmix or PatchMixing(self.num_classes, label_smoothing=self.label_smoothing)
         _check_patchmix(self.patchmix, self.num_classes, self.label_smoothing)
         self._own = OwnGenerator(self.seed)
@@ -212,5 +220,6 @@ class MixingSwitch:
         x: Tensor,  # images b c h w; not changed
         y: Tensor,  # labels: int b, or float b k
         generator: Generator | None = None,  # source of the draws; None: the private one
-    ) -> tuple[Tensor, Tensor]:  # mixed images b c h w, labels float32 b k
-        return _mix(self, x, y, generator)
+        maps: Tensor | None = None,  # label maps float b k h' w' that follow the images
+    ) -> tuple[Tensor, ...]:  # mixed images b c h w, labels float32 b k; with maps: and mixed maps
+        return _mix(self, x, y, generator, maps)
