@@ -146,11 +146,11 @@ def background_table(
     lost = {} if skipped is None else skipped.groupby("variant").id.nunique().to_dict()
     return table.assign(skipped=[lost.get(name, 0) for name in table.index])
 
-# %% ../nbs/12d_background_challenge.ipynb #b648b5f9
+# %% ../nbs/12d_background_challenge.ipynb #c64b7a2e
 def _first_wrong(forward, image, mask, label, backgrounds, classes, batch_size):
     for start in range(0, len(backgrounds), batch_size):
         part = backgrounds[start:start + batch_size]
-        pasted = mix_background(image.expand_as(part), mask.expand(len(part), -1, -1, -1), part)
+        pasted = mix_background(image.expand(len(part), -1, -1, -1), mask.expand(len(part), -1, -1, -1), part)
         logits = forward(to_float(pasted))
         if not torch.isfinite(logits).all():
             raise NonFiniteError("logits are not finite for an object on another background. Check weights and precision.")
@@ -173,7 +173,7 @@ def _challenge_row(dataset, backgrounds, order, i, found):
     return {"id": i, "file": dataset.manifest.file.iloc[i], "label": int(dataset.labels[i]), "robust": not found, "tried": place + 1,
             "flipped_by": by["file"], "flipped_class": by["class"], "prediction": answer}
 
-# %% ../nbs/12d_background_challenge.ipynb #3b93dff1
+# %% ../nbs/12d_background_challenge.ipynb #82bf3966
 def challenge(
     model: nn.Module,  # see `labelled_pass`
     dataset: ImageSet,  # objects with masks, such as the published `original`
@@ -193,6 +193,8 @@ def challenge(
     "Backgrounds Challenge (Xiao et al. 2021): each object on every background, img * mask + bg * (1 - mask)."
     backgrounds = background_set(dataset, "only_bg_t", seed) if backgrounds is None else backgrounds
     why, device = mask_flaws(dataset).foreground, torch.device(device or device_of(model))
+    if not backgrounds.in_memory or why.ne("").all():
+        raise InputError(f"{backgrounds.name} is streamed from the disk. Give backgrounds in memory." if why.eq("").any() else f"no object of {dataset.name} has a usable mask, the first because {why[0]}.")
     good, order = (why == "").to_numpy().nonzero()[0], torch.cat(block_order(len(backgrounds), seed, background_limit))
     ids = good[torch.cat(block_order(len(good), seed, limit)).sort().values.numpy()].tolist()
     known = checked_map(class_map, dataset)

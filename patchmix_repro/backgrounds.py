@@ -194,16 +194,16 @@ def _reasons(dataset, variant, flaws, seed):
     donors, reasons = draw_backgrounds(dataset.labels, usable, variant, dataset.num_classes, seed), flaws.foreground.tolist()
     return donors, [why or ("" if d >= 0 else "no other picture can lend the background") for why, d in zip(reasons, donors.tolist())]
 
-# %% ../nbs/05_backgrounds.ipynb #143f5756
+# %% ../nbs/05_backgrounds.ipynb #d1945b4f
 def plan_backgrounds(
     dataset: ImageSet,  # with masks
     variants=tuple(VARIANTS),  # names in VARIANTS
     seed: int = 0,  # of the draws
 ) -> BackgroundPlan:
     "The images for which all variants can be built, and a row for everything that cannot."
-    variants = [variants] if isinstance(variants, str) else [*variants]
-    for variant in variants:
-        choose("variant", variant, VARIANTS)
+    variants = [variants] if isinstance(variants, str) else [*dict.fromkeys(variants)]
+    if not [choose("variant", variant, VARIANTS) and variant for variant in variants]:
+        raise InputError(f"no variant is asked for. Give some of {', '.join(VARIANTS)}.")
     flaws, rows, backgrounds, good = mask_flaws(dataset), [], {}, torch.ones(len(dataset), dtype=torch.bool)
     for variant in variants:
         backgrounds[variant], reasons = _reasons(dataset, variant, flaws, seed)
@@ -212,8 +212,8 @@ def plan_backgrounds(
         rows += [(variant, i, flaws.file[i], reasons[i]) for i in bad]
     ids, skipped = good.nonzero().flatten(), pd.DataFrame(rows, columns=["variant", "id", "file", "reason"])
     if not len(ids):
-        why = f"the first because {rows[0][3]}" if rows else "because it is empty"
-        raise InputError(f"{dataset.name}/{dataset.split}: no image can be built as {', '.join(variants) or 'nothing'}, {why}. Give images with whole objects before a background.")
+        why = f"the first because {rows[0][3]}" if rows else "for it is empty"
+        raise InputError(f"{dataset.name}/{dataset.split}: no image can be built as {', '.join(variants)}, {why}. Give images with whole objects before a background.")
     return BackgroundPlan(ids, {name: donors[ids] for name, donors in backgrounds.items()}, skipped)
 
 # %% ../nbs/05_backgrounds.ipynb #0341eccc

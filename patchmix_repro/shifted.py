@@ -23,14 +23,18 @@ from .imagenet9 import in9_table
 from .photographs import IN9_CLASSES
 from .shards import evaluation_only, synset_ids
 
-# %% ../nbs/03k_shifted.ipynb #c901dcfd
+# %% ../nbs/03k_shifted.ipynb #d8dc3e9f
+def _names(labels):
+    return choose("labels", labels, {"imagenet": tuple(synset_ids()), "in9": IN9_CLASSES})
+
+# %% ../nbs/03k_shifted.ipynb #94f9c079
 def relabelled(
     table: pd.DataFrame,  # file, imagenet_label (0 ... 999)
     labels: str,  # imagenet (1000 classes) or in9 (nine, the others left out)
     root: str | Path | None,  # holds in_to_in9.json; see `in9_table`
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:  # file, class, imagenet_label; class names in label order
     "A table of pictures in the classes asked for."
-    classes = choose("labels", labels, {"imagenet": tuple(synset_ids()), "in9": IN9_CLASSES})
+    classes = _names(labels)
     kept = table.imagenet_label.to_numpy() if labels == "imagenet" else in9_table(root)[table.imagenet_label.tolist()].numpy()
     named = table.assign(**{"class": [classes[k] if k >= 0 else "" for k in kept]})
     return named[kept >= 0].reset_index(drop=True), classes
@@ -56,9 +60,9 @@ def _class_table(name, root, folder=None):
     table = table.assign(imagenet_label=table["class"].map(known)).sort_values(["imagenet_label", "file"]).reset_index(drop=True)
     return table[["file", "imagenet_label"]], folder.parent
 
-# %% ../nbs/03k_shifted.ipynb #2f3262a5
+# %% ../nbs/03k_shifted.ipynb #b77778ed
 def _open(name, split, size, root, labels, options, folder=None, called=None):
-    evaluation_only(name, split)
+    evaluation_only(name, split), _names(labels)
     table, place = _class_table(name, root, folder)
     table, classes = relabelled(table, labels, root)
     return finish(called or name, split, size, table, classes, place, **options)
@@ -128,7 +132,7 @@ def real_table(
     found = table.assign(label=[own if own in fit else (fit or [-1])[0] for own, fit in zip(published, fitting)], accepted=[" ".join(map(str, fit)) for fit in fitting])
     return found[found.label >= 0].reset_index(drop=True)
 
-# %% ../nbs/03k_shifted.ipynb #3e70d6c6
+# %% ../nbs/03k_shifted.ipynb #788efb04
 def open_imagenet_real(
     split: str,  # test
     size: int,  # px
@@ -138,8 +142,8 @@ def open_imagenet_real(
 ) -> ImageSet | FileSet:  # the manifest has imagenet_label and accepted; see `score_real`
     "ImageNet's validation pictures with ReaL's labels (Beyer et al. 2020)."
     evaluation_only("imagenet_real", split)
+    classes, path = _names(labels), data_root(root) / "real.json"
     table, folder = _class_table("imagenet_real", root)
-    path, classes = data_root(root) / "real.json", choose("labels", labels, {"imagenet": tuple(synset_ids()), "in9": IN9_CLASSES})
     try:
         real = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
