@@ -19,15 +19,19 @@ from .caltech import load_caltech9
 from .core import InputError, choose, keyed_generator
 from .files import SPLITS, FileSet, ImageSet
 from .folders import finish, open_cifar10, open_folder, open_imagenet, open_imagenette, open_oxford_pets
+from .imagenet9 import open_backgrounds, open_imagenet9
 from .occluded import open_nvd, open_rod, open_smd
 from .photographs import load_imagenet_ccby
 from .shapes import load_shapes9
+from .shifted import load_shape_texture, open_imagenet_r, open_imagenet_real, open_imagenet_sketch, open_imagenet_stylized, open_imagenet_v2
 
 # %% ../nbs/04_data.ipynb #570762ce
 DATASETS = {
     "shapes9": load_shapes9, "caltech9": load_caltech9, "folder": open_folder, "imagenet": open_imagenet,
-    "imagenette": open_imagenette, "oxford_pets": open_oxford_pets, "cifar10": open_cifar10,
-    "smd": open_smd, "rod": open_rod, "nvd": open_nvd, "imagenet_ccby": load_imagenet_ccby,
+    "imagenette": open_imagenette, "oxford_pets": open_oxford_pets, "cifar10": open_cifar10, "imagenet9": open_imagenet9,
+    "smd": open_smd, "rod": open_rod, "nvd": open_nvd, "imagenet_ccby": load_imagenet_ccby, "backgrounds": open_backgrounds,
+    "imagenet_v2": open_imagenet_v2, "imagenet_real": open_imagenet_real, "imagenet_r": open_imagenet_r,
+    "imagenet_stylized": open_imagenet_stylized, "imagenet_sketch": open_imagenet_sketch, "shape_texture": load_shape_texture,
 }
 
 # %% ../nbs/04_data.ipynb #f1422531
