@@ -8,8 +8,9 @@ __all__ = ['PAPER_ROWS', 'PAPER_LABELLERS', 'PAPER_SETS', 'WAY', 'WORDS', 'NEAR_
            'kappa_quarters', 'shifted_claims', 'token_claims', 'kernel_claims', 'appendix_claims', 'control_claims',
            'map_claims', 'remixer_verdicts', 'remixer_verdict_table']
 
-# %% ../nbs/14e_remixer_claims.ipynb #385ad314
+# %% ../nbs/14e_remixer_claims.ipynb #fc032214
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,13 @@ def paper_row(
         return base
     return f"{base} + ReMixer ({labeller})" if labeller and recipe.startswith("remixer ") else None
 
-# %% ../nbs/14e_remixer_claims.ipynb #78d5691a
+# %% ../nbs/14e_remixer_claims.ipynb #075e82c9
+@lru_cache
+def _printed():
+    rows = published("ReMixer")
+    return {(row.row, row.column): float(row.value) for row in rows.itertuples()}
+
+# %% ../nbs/14e_remixer_claims.ipynb #53b61f3a
 def paper_value(
     model: str,  # such as "deit"
     recipe: str,  # such as "remixer dense", "plain tokens"
@@ -50,9 +57,7 @@ def paper_value(
         row, column = PAPER_ROWS.get(model), f"Layer {variant.removeprefix('quarter ')}/4"
     elif recipe.endswith(" tokens"):
         row, column = PAPER_ROWS.get(model), "TL + ReMixer" if recipe.startswith("remixer dense") else "TL"
-    rows = published("ReMixer")
-    found = rows.loc[rows["row"].eq(row) & rows["column"].eq(column), "value"]
-    return np.nan if found.empty else float(found.iloc[0]) / (1 if column.startswith("Layer") else 100)
+    return _printed().get((row, column), np.nan) / (1 if column.startswith("Layer") else 100)
 
 # %% ../nbs/14e_remixer_claims.ipynb #cb0e7a13
 def paper_difference(
