@@ -151,19 +151,19 @@ def kind_means(
 # %% ../nbs/14a_claims.ipynb #3887d6b7
 @dataclass(frozen=True)
 class Claim:
-    "First keeps more than second, as much, or no less; a recipe is (model, mixing)."
+    "First keeps more than second, less, as much, or no less; a recipe is (model, mixing)."
     text: str  # as the page states it
     first: tuple[str, str]  # such as ("convnext", "switch")
     second: tuple[str, str]  # such as ("convnext", "timm")
     curve: str  # as in the column `curve`
     x: float | None = None  # place on the curve; None: the mean along it
     beyond: float | None = None  # subtract the value at this place
-    expect: str = "more"  # "more", "same" or "no less"
+    expect: str = "more"  # "more", "less", "same" or "no less"
     value: str = "kept"  # column that is compared
     margin: float = 0.05  # for "same" and "no less": the largest difference that does not matter, in the value's unit
 
 # %% ../nbs/14a_claims.ipynb #f0228b83
-RULE = ("shown", "shown opposite", "not shown", "cannot be tested", "not measured yet", "one seed")
+RULE = ("shown", "shown opposite", "not shown", "cannot be tested", "not measured yet", "one seed", "no spread")
 
 # %% ../nbs/14a_claims.ipynb #3d93eac5
 def _at(rows, claim, x):
@@ -202,13 +202,13 @@ def published_difference(
 def _test(measured, claim):
     first, second = (_per_seed(measured, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
     state = "not measured yet" if not min(len(first), len(second)) else "one seed" if min(len(first), len(second)) < 2 else ""
-    state = state or ("cannot be tested" if _blind(measured, claim) else "")
+    state = state or ("cannot be tested" if _blind(measured, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
     row = {"claim": claim.text, "seeds": f"{len(first)} + {len(second)}", "state": state, "expect": claim.expect}
     row |= {f"published {size}": value for size, value in published_difference(claim).items()}
     if len(first) and len(second):
         row |= {"first": first.mean(), "second": second.mean(), "difference": first.mean() - second.mean()}
     if state in ("", "cannot be tested"):
-        shift = {"more": 0.0, "no less": claim.margin, "same": -np.copysign(claim.margin, row["difference"])}[claim.expect]
+        shift = {"more": 0.0, "less": 0.0, "no less": claim.margin, "same": -np.copysign(claim.margin, row["difference"])}[claim.expect]
         found = compare_seeds(first + shift, second)
         row |= {"low": found.low - shift, "high": found.high - shift, "p_value": found.p_value, "way": found.estimate}
     if not state and claim.expect == "same":
@@ -221,7 +221,8 @@ def _verdict(row):
     if row["state"]:
         return row["state"]
     if row["p_holm"] < 0.05:
-        return "shown" if row["way"] > 0 and row["expect"] != "same" else "shown opposite"
+        way = -row["way"] if row["expect"] == "less" else row["way"]
+        return "shown" if way > 0 and row["expect"] != "same" else "shown opposite"
     return "shown" if row["p_same_holm"] < 0.05 else "not shown"
 
 # %% ../nbs/14a_claims.ipynb #f8803d9e

@@ -24,8 +24,8 @@ def _ledger():
 
 # %% ../nbs/14_ledger.ipynb #026c053a
 def published(
-    paper: str | None = None,  # "Patch Mixing", "ConvNeXt", "Swin", "timm" or "NVD"; None: all
-    table: str | None = None,  # table or figure, such as "replacement-14"; None: all
+    paper: str | None = None,  # "Patch Mixing", "ReMixer", "ConvNeXt", "Swin", "timm" or "NVD"; None: all
+    table: str | None = None,  # table or figure, such as "replacement-14" or "1"; None: all
 ) -> pd.DataFrame:  # columns paper, table, row, column, value, known, error, unit, source, note
     "The published numbers of a paper, a table or all; value and error are NaN where known is 'unknown'."
     rows = _ledger()

@@ -34,6 +34,7 @@ def test_the_ledger_holds_these_tables_and_nothing_twice():
     assert rows.groupby(["paper", "table"]).size().to_dict() == {
         (PM, "replacement-14"): 48, (PM, "replacement-7"): 48, (PM, "permutation"): 40, (PM, "drop-14"): 40, (PM, "drop-14-fine"): 8,
         (PM, "clean"): 8, (PM, "accuracies"): 24, (PM, "selectivity"): 8, (PM, "teaser"): 4,
+        ("ReMixer", "1"): 90, ("ReMixer", "2"): 42, ("ReMixer", "3"): 12, ("ReMixer", "5"): 54, ("ReMixer", "6"): 6, ("ReMixer", "7"): 30,
         ("ConvNeXt", "clean"): 2, ("Swin", "clean"): 2, ("timm", "clean"): 4, ("NVD", "drop"): 8, ("NVD", "occlusion"): 22,
     }
 
