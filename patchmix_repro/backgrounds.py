@@ -224,7 +224,7 @@ def _manifest(dataset, variant, ids, donors, images):
     lender = {"bg_file": bg.file.where(lent, ""), "bg_class": bg["class"].where(lent, ""), "bg_label": bg.label.where(lent, -1)}
     return pd.DataFrame({**shown, "fg_id": ids.numpy(), "fg_file": fg.file, "bg_id": donors.numpy(), **lender})
 
-# %% ../nbs/05_backgrounds.ipynb #079c5fdb
+# %% ../nbs/05_backgrounds.ipynb #f458c0f5
 def build_variant(
     dataset: ImageSet,  # with masks
     variant: str,  # a name in VARIANTS
@@ -232,10 +232,13 @@ def build_variant(
 ) -> ImageSet:  # the manifest has variant, fg_id, fg_file, bg_id, bg_file, bg_class, bg_label
     "One variant of a planned set."
     make, donors = choose("variant", variant, VARIANTS), choose("planned variant", variant, plan.backgrounds)
-    images, masks = dataset.images, dataset.masks
-    lend = lambda d: only_bg_t(images[d], masks[d]) if variant in LENDERS else None
-    built = torch.stack([make(images[i], masks[i], lend(d)) for i, d in zip(plan.ids.tolist(), donors.tolist())])
-    kept = torch.zeros_like(masks[plan.ids]) if variant.startswith("only_bg") else masks[plan.ids]
+    images, masks = dataset.images[plan.ids], dataset.masks[plan.ids]
+    if variant.startswith("only_bg"):
+        built = torch.stack([make(image, mask, None) for image, mask in zip(images, masks)])
+    else:
+        lent = torch.stack([only_bg_t(dataset.images[d], dataset.masks[d]) for d in donors.tolist()]) if variant in LENDERS else None
+        built = make(images, masks, lent)
+    kept = torch.zeros_like(masks) if variant.startswith("only_bg") else masks
     return ImageSet(f"{dataset.name}-{variant}", dataset.split, dataset.classes, _manifest(dataset, variant, plan.ids, donors, built), built, kept)
 
 # %% ../nbs/05_backgrounds.ipynb #602c7958
