@@ -169,20 +169,21 @@ def labeller_table(
     found = mine.groupby("config.labels").agg(accuracy=("metrics.accuracy", lambda values: f"{100 * values.mean():.1f} %"), images=("metrics.images", "min"))
     return found.rename_axis("labels") if len(found) else pd.DataFrame({"accuracy": ["not run"]}, index=pd.Index(["all labels"], name="labels"))
 
-# %% ../nbs/15f_remixer_tables.ipynb #0c8b3d28
+# %% ../nbs/15f_remixer_tables.ipynb #a602fbdd
 def missing_runs(
     rows: pd.DataFrame,  # from `select`
     wanted: Sequence[tuple[str, str]],  # (model, recipe)
     data: str,  # data set
     scale: str,  # scale
     seeds: int = 3,  # trainings a recipe
+    targets: str = "dense",  # labels of TokenLabeling without ReMixer
 ) -> str:  # a line a recipe; empty: all have run
     "The commands that would train what a page lacks."
     lines = []
     for model, recipe in dict.fromkeys(wanted):
         done = set(rows.loc[rows["model"].eq(model) & rows["recipe"].eq(recipe), "seed"])
         labels = recipe.removeprefix("remixer ").removesuffix(" tokens")
-        extra = "" if recipe.startswith("plain") else f" -p remixer True -p labels {labels}"
+        extra = {"plain": "", "plain tokens": f" -p labels {targets}"}.get(recipe, f" -p remixer True -p labels {labels}")
         extra += " -p token_labels True" * recipe.endswith(" tokens")
         todo = [seed for seed in range(seeds) if seed not in done]
         command = f"papermill nbs/train.ipynb out.ipynb -p model {model} -p data {data} -p scale {scale}{extra} -p seed"
