@@ -6,7 +6,7 @@
 __all__ = ['LABEL_PLACES', 'LabelConfig', 'label_folder', 'open_images', 'label_blocks', 'label_split', 'describe_labels',
            'label_sheet']
 
-# %% ../nbs/11d_labelling.ipynb #f63d701e
+# %% ../nbs/11d_labelling.ipynb #240d0fdf
 import json
 import shutil
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from .core import InputError, StoreError, atomic_write, choose
 from .data import DATASETS, create_dataset, to_float
-from .files import SPLITS, square, to_tensor
+from .files import SPLITS
 from .label_files import read_labels, write_labels
 from .label_networks import keep
-from .label_sources import NETWORKS, label_maps, read_source, to_label
+from .label_sources import NETWORKS, label_maps, read_source, to_label, whole_view
 from .labelers import LabelMaps, probe_accuracy
 from .parameters import run_folder_for
 
@@ -147,13 +147,7 @@ def describe_labels(
            "probe accuracy": _known(torch.cat(features), dataset.labels), "chance": f"{1 / dataset.num_classes:.3f}"}
     return pd.DataFrame([row]).set_index("labeler")
 
-# %% ../nbs/11d_labelling.ipynb #92f7f77a
-def _pictures(dataset, ids, size):
-    if dataset.in_memory:
-        return dataset.images[ids]
-    return torch.stack([to_tensor(square(dataset.picture(i), size)) for i in ids.tolist()])
-
-# %% ../nbs/11d_labelling.ipynb #715733c1
+# %% ../nbs/11d_labelling.ipynb #1ebd1b8c
 def label_sheet(
     found: LabelMaps,  # of the set
     dataset,  # its images
@@ -162,7 +156,8 @@ def label_sheet(
 ) -> tuple[Tensor, list[str]]:  # float b 3 s s, each picture before its labels; a title each
     "Pictures beside the patch labels laid over them, for `plots.image_sheet`: of k classes, the one with the largest mean label."
     ids = torch.linspace(0, len(found) - 1, min(count, len(found))).round().long()
-    images, labels = to_float(_pictures(dataset, ids, dataset.size)), found.patch(found.batch(ids), grid)
+    shown = whole_view(dataset, dataset.size)
+    images, labels = to_float(torch.stack([shown[i][0] for i in ids.tolist()])), found.patch(found.batch(ids), grid)
     best = labels.mean(1).argmax(1)
     maps = rearrange(labels.gather(2, best[:, None, None].expand(-1, grid * grid, 1)), "b (g d) 1 -> b 1 g d", g=grid)
     heat = torch.from_numpy(colormaps["viridis"](F.interpolate(maps, tuple(images.shape[-2:]))[:, 0].clamp(0, 1).numpy())[..., :3]).float()

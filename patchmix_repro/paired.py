@@ -102,7 +102,7 @@ class Moves(NamedTuple):
         moved = [GEOMETRY[name](argument, 1) for name, argument in self.operations if name in GEOMETRY]
         return [window, *[mirror] * self.mirror, *moved]
 
-# %% ../nbs/07d_paired.ipynb #4f9fdf6e
+# %% ../nbs/07d_paired.ipynb #3ac2b072
 @dataclass(frozen=True)
 class PairedTransform:
     "DeiT's and ReMixer's training transform of a picture and its label map, keyed by (seed, epoch, sample)."
@@ -136,13 +136,8 @@ class PairedTransform:
         hides = _between(0, 1, generator) < self.erase
         return Moves(crop, mirror, done, draw_crop(s, s, (0.02, 1 / 3), (0.3, 1 / 0.3), generator) if hides else None)
 
-    def __call__(
-        self,
-        picture: Image.Image | Tensor,  # RGB, or uint8 3 h w
-        maps: Tensor,  # float k h' w' of the whole picture, any resolution
-        epoch: int,  # of the training
-        sample: int,  # the picture's number in its set
-    ) -> tuple[Tensor, Tensor]:  # float 3 size size, normalised; float k gh gw
+    def __call__(self, picture: Image.Image | Tensor, maps: Tensor, epoch: int, sample: int) -> tuple[Tensor, Tensor]:
+        "`apply_moves`: the picture, float 3 size size, normalised, and its map, float k gh gw."
         return apply_moves(self, picture, maps, epoch, sample)
 
 # %% ../nbs/07d_paired.ipynb #6dd9599e
