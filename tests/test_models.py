@@ -41,6 +41,20 @@ def test_convit_has_deit_width():
     assert convit.embed_dim == 384 and [b.use_gpsa for b in convit.blocks] == [True] * 10 + [False] * 2
 
 
+def test_relative_positions_are_all_that_tells_patches_apart():
+    "No [CLS] and no position embedding; without its bias tables the network does not see how patches are arranged."
+    torch.manual_seed(0)
+    model, x = create_model("relpos").double().eval(), torch.rand(1, 3, 56, 56, dtype=torch.float64)
+    assert not hasattr(model, "pos_embed") and model.cls_token is None and model.global_pool == "avg"
+    assert len({id(b.attn.rel_pos.relative_position_bias_table) for b in model.blocks}) == 6, "each block has its own"
+    moved = x.roll(8, 3)  # two whole patches
+    with torch.no_grad():
+        assert (model(x) - model(moved)).abs().max() > 1e-9
+        for block in model.blocks:
+            block.attn.rel_pos.relative_position_bias_table.zero_()
+        assert (model(x) - model(moved)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("scale, stem", [("mini", 1), ("small", 2), ("paper", 4)])
 def test_the_stem_keeps_the_stages(scale, stem):
     with torch.device("meta"):
