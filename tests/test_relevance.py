@@ -239,7 +239,7 @@ def test_attention_that_is_not_shown_is_an_error():
     with pytest.raises(InputError, match="0 of 0 .*attn_drop"):
         relevance(Hidden(), images().float())
     net = tiny()
-    net.blocks[0].attn.forward = lambda x: x  # one block that hides its attention spoils the product
+    net.blocks[0].attn.forward = lambda x, **more: x  # one block that hides its attention spoils the product
     with pytest.raises(InputError, match="1 of 2 .*attn_drop"):
         relevance(net, images())
 
