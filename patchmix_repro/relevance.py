@@ -82,7 +82,7 @@ def cls_transformer(
         raise InputError(f"the network pools by {net.global_pool!r} with {net.num_prefix_tokens} prefix tokens. Its answer has to be read from a CLS token: global_pool='token'; RISE explains any network.")
     return net
 
-# %% ../nbs/13d_relevance.ipynb #018e8f86
+# %% ../nbs/13d_relevance.ipynb #788ae0a7
 def attention_gradients(
     model: nn.Module,  # b 3 h w -> logits b k
     x: Tensor,  # float b 3 h w
@@ -94,8 +94,9 @@ def attention_gradients(
     with torch.enable_grad(), attention_maps(model) as maps:
         logits = clean_logits(model if labels is None else lambda images: model(images, labels), x)
         ids = logits.argmax(1) if target is None else class_ids("target", target, logits)
-        if not maps or not all(probabilities.requires_grad for probabilities in maps):
-            raise InputError(f"{len(maps)} attentions were seen. Each attention module has to pass its probabilities through `attn_drop` while `fused_attn` is False, outside of torch.no_grad and torch.compile.")
+        layers = sum(hasattr(layer, "attn_drop") for layer in model.modules())
+        if len(maps) != max(layers, 1) or not all(probabilities.requires_grad for probabilities in maps):
+            raise InputError(f"{len(maps)} of {layers} attentions were seen. Each attention module has to pass its probabilities through `attn_drop` while `fused_attn` is False, outside of torch.no_grad and torch.compile.")
         gradients = torch.autograd.grad(pick(logits, ids).sum(), maps, allow_unused=True)
     return [a.detach() for a in maps], [torch.zeros_like(a) if g is None else g for a, g in zip(maps, gradients, strict=True)]
 

@@ -197,7 +197,7 @@ def test_a_remixed_network_keeps_the_contract():
     with torch.no_grad():
         for p in net.kappa if isinstance(net.kappa, (list, tuple, nn.ParameterList)) else [net.kappa]:
             p.add_(2.0)
-    assert not torch.allclose(relevance(net, x, 0, labels), relevance(base, x, 0), rtol=1e-3)
+    assert not torch.allclose(relevance(net, x, 0, labels), relevance(base, x, 0), rtol=1e-5)
 
 
 # errors
@@ -236,8 +236,12 @@ class Hidden(nn.Module):
 
 
 def test_attention_that_is_not_shown_is_an_error():
-    with pytest.raises(InputError, match="attn_drop"):
+    with pytest.raises(InputError, match="0 of 0 .*attn_drop"):
         relevance(Hidden(), images().float())
+    net = tiny()
+    net.blocks[0].attn.forward = lambda x, **more: x  # one block that hides its attention spoils the product
+    with pytest.raises(InputError, match="1 of 2 .*attn_drop"):
+        relevance(net, images())
 
 
 # the object
