@@ -25,6 +25,7 @@ from .core import CheckpointError, InputError, NonFiniteError, atomic_write, cho
 from .data import to_float
 from .evaluation import checked_map, first_batch_size, image_rows, in_eval_mode
 from .files import FileSet, ImageSet
+from .label_sources import label_maps, patch_labels_of
 from .occlusion import Clean
 from .parts import part_key
 from .stats import Interval, wilson
@@ -32,7 +33,7 @@ from .stats import Interval, wilson
 # %% ../nbs/12d_background_challenge.ipynb #0cb259bd
 def labelled_pass(
     model: nn.Module,  # normalised b 3 h w -> logits b k; with a labeller (images, labels b n k) -> logits b k
-    labels_of: Callable | None,  # images b 3 h w in [0, 1] -> patch labels b n k; None: the model takes images alone
+    labels_of: Callable | Tensor | None,  # images b 3 h w in [0, 1] -> patch labels b n k; or the labels; None: the model takes images alone
     mean: tuple[float, ...],  # of the normalisation
     std: tuple[float, ...],  # of the normalisation
     device: torch.device,  # where the model lies
@@ -44,7 +45,7 @@ def labelled_pass(
 
     def forward(images):
         with torch.no_grad():
-            labels = labels_of(images)
+            labels = labels_of(images) if callable(labels_of) else labels_of
         if not isinstance(labels, Tensor) or labels.ndim != 3 or len(labels) != len(images):
             raise InputError(f"labels_of returned {tuple(getattr(labels, 'shape', ())) or type(labels).__name__} for {len(images)} images. Give labels b n k, one row a patch.")
         return forward_pass(lambda x: model(x, labels), mean, std, device, dtype)(images)
@@ -71,12 +72,19 @@ def _openers(dataset, variants, seed, limit):
     plan = _limited(plan_backgrounds(dataset, variants, seed), seed, limit)
     return {name: lambda name=name: (build_variant(dataset, name, plan), torch.arange(len(plan.ids))) for name in plan.backgrounds}, plan.skipped
 
+# %% ../nbs/12d_background_challenge.ipynb #83c0300b
+def _block_logits(forward, block, batch_size):
+    if "labels" not in block.maps:
+        return condition_logits(forward, block, Clean(), batch_size)
+    parts = torch.arange(len(block.ids)).split(batch_size)
+    return torch.cat([forward(block.maps["labels"][part])(to_float(block.images[part])) for part in parts]).cpu()
+
 # %% ../nbs/12d_background_challenge.ipynb #50a7fa34
-def _variant_rows(forward, data, ids, class_map, batch_size, device, workers, bar):
+def _variant_rows(forward, data, ids, given, class_map, batch_size, device, workers, bar):
     found, size = [], first_batch_size(batch_size, device)
     for part, images in decoded(data, list(ids.split(BLOCK)), workers):
-        block = Block(part, images, None, {}).to(device)
-        logits, size = within_memory(partial(condition_logits, forward, block, Clean()), size, batch_size == "auto")
+        block = Block(part, images, None, {"labels": given(part)} if given else {}).to(device)
+        logits, size = within_memory(partial(_block_logits, forward, block), size, batch_size == "auto")
         found.append(logits)
         bar.update(len(part))
     rows, manifest = image_rows(torch.cat(found), data, ids, class_map, data.name), data.manifest.iloc[ids.numpy()].reset_index(drop=True)
@@ -103,7 +111,7 @@ def evaluate_backgrounds(
     model: nn.Module,  # see `labelled_pass`
     dataset: ImageSet | Mapping[str, ImageSet | FileSet],  # a masked set, or variant -> set
     variants=tuple(VARIANTS),  # names in VARIANTS
-    labels_of: Callable | None = None,  # see `labelled_pass`; called on every variant's own pictures
+    labels_of: Callable | str | None = None,  # see `labelled_pass`; called on every variant's own pictures; or a source of `label_maps`
     batch_size: int | str = "auto",  # images a forward pass; "auto": less where memory is short
     device: str | torch.device | None = None,  # None: where the model lies
     dtype: torch.dtype | None = None,  # autocast type; None for float32
@@ -120,14 +128,16 @@ def evaluate_backgrounds(
     variants = [variants] if isinstance(variants, str) else [*variants]
     (openers, _), device, frames = _openers(dataset, variants, seed, limit), torch.device(device or device_of(model)), []
     mean, std = normalization(model, mean, std)
-    forward = labelled_pass(model, labels_of, mean, std, device, dtype)
+    named, make = isinstance(labels_of, str), partial(labelled_pass, model, mean=mean, std=std, device=device, dtype=dtype)
+    forward = make if named else make(labels_of)
     with in_eval_mode(model), tqdm(desc="variants", disable=not progress) as bar:
         for name, opened in openers.items():
             data, ids = opened()
             known = checked_map(class_map, data)
-            key = [part_key(model, data, mean, std, known, dtype, seed), labels_of is not None, ids.tolist()] if out else None
+            given = patch_labels_of(label_maps(labels_of, data, seed=seed, device=device)) if named else None
+            key = [part_key(model, data, mean, std, known, dtype, seed), labels_of if named else labels_of is not None, ids.tolist()] if out else None
             path = Path(out) / f"{name}-{stable_hash(key, 12)}.parquet" if out else None
-            rows = _kept(path, partial(_variant_rows, forward, data, ids, known, batch_size, device, workers, bar))
+            rows = _kept(path, partial(_variant_rows, forward, data, ids, given, known, batch_size, device, workers, bar))
             frames.append(rows.assign(variant=name)[[*ROWS]])
     return pd.concat(frames, ignore_index=True)
 

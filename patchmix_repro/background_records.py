@@ -80,9 +80,9 @@ def file_backgrounds(
     "Append one record of kind backgrounds: tables variants, images and skipped."
     table, images = background_table(rows, skipped), _wide(rows)
     gap = {f"bg_gap{end}": table.loc["bg_gap", column] for end, column in (("", "estimate"), ("_low", "low"), ("_high", "high"), ("_p", "p_value"))} if "bg_gap" in table.index else {}
-    variants = table.drop(index="bg_gap", errors="ignore").drop(columns="p_value").reset_index().astype({"n": int})
+    variants = table.drop(index="bg_gap", errors="ignore").drop(columns="p_value").rename(columns={"estimate": "accuracy"}).reset_index().astype({"n": int})
     tables = {"variants": variants, "images": images, "skipped": skipped.astype({"variant": str, "id": "int64", "file": str, "reason": str})}
-    metrics = {**dict(zip(variants.variant, variants.estimate)), **gap, "objects": len(images), "skipped": skipped.id.nunique()}
+    metrics = {**dict(zip(variants.variant, variants.accuracy)), **gap, "objects": len(images), "skipped": skipped.id.nunique()}
     return store.append(store.new_record("backgrounds", config, run_id=battery_id(config), seed=config["seed"], data=_hashes(dataset), metrics=metrics, tables=tables), folder)
 
 # %% ../nbs/12e_background_records.ipynb #8eab3d28
@@ -91,8 +91,8 @@ def measure_backgrounds(
     note: dict,  # from `note_of`
     dataset: ImageSet | Mapping[str, ImageSet | FileSet],  # see `evaluate_backgrounds`
     folder: str | Path,  # receives records/ and, meanwhile, finished variants
-    labels_of: Callable | None = None,  # see `labelled_pass`
-    labels: str = "none",  # names labels_of in the record: "true masks", "saliency_net" ...
+    labels_of: Callable | str | None = None,  # see `evaluate_backgrounds`
+    labels: str = "none",  # names a function labels_of in the record; a source names itself
     variants=tuple(VARIANTS),  # names in VARIANTS
     seed: int = 0,  # of the backgrounds and the sample
     limit: int | None = None,  # objects of the keyed sample
@@ -100,6 +100,7 @@ def measure_backgrounds(
     **how,  # batch_size, device, dtype, mean, std, workers, progress: see `evaluate_backgrounds`
 ) -> pd.DataFrame:  # variant, fg_file, label, correct
     "Measure the variants and file them, once: a second call finds the record, a call after an interruption goes on."
+    labels = labels_of if isinstance(labels_of, str) else labels
     if (labels_of is None) != (labels == "none"):
         raise InputError(f"labels {labels!r} with {'no' if labels_of is None else 'a'} labels_of. Name the labeller that is given, and give none as 'none'.")
     folder, variants = Path(folder), (variants,) if isinstance(variants, str) else tuple(variants)

@@ -307,7 +307,7 @@ def test_a_measurement_is_filed_once_and_read_back(tmp_path):
     assert record["metrics.bg_gap"] == table.estimate["bg_gap"] and record["metrics.original"] == table.estimate["original"]
     assert record["metrics.objects"] == 17 and record["metrics.skipped"] == 1 and record["config.labels"] == "none"
     variants, images, skipped = (store.read_table(tmp_path / "records", name, "backgrounds") for name in ("variants", "images", "skipped"))
-    assert variants.variant.tolist() == list(bg.VARIANTS) and variants.estimate.tolist() == table.estimate[list(bg.VARIANTS)].tolist()
+    assert variants.variant.tolist() == list(bg.VARIANTS) and variants.accuracy.tolist() == table.estimate[list(bg.VARIANTS)].tolist()
     assert images[list(bg.VARIANTS)].dtypes.eq(bool).all() and len(images) == 17
     assert set(skipped.id) == {4} and set(skipped.variant) == set(bg.VARIANTS) - {"original"} and skipped.reason.eq("the mask covers nothing").all()
     assert bc.background_table(first)[["estimate", "low", "high", "n"]].equals(table[["estimate", "low", "high", "n"]])
