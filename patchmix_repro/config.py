@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'NEUTRAL', 'recipe_for', 'TrainConfig', 'check_labels', 'labels_for', 'train_config',
-           'config_from', 'identity', 'run_id', 'run_folder']
+           'PAIRED', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_labels', 'labels_for',
+           'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
@@ -66,9 +66,20 @@ def recipe_for(
     values["drop_path"] = 0.0 if model.startswith("convmixer") else values["drop_path"]
     return values
 
+# %% ../nbs/10a_config.ipynb #4a9fd746
+@dataclass(frozen=True)
+class LabelFields:
+    "What a training does with patch labels."
+    remixer: bool = False  # reweight the mixing layers by patch labels (ReMixer); for REMIXABLE models
+    labels: str = "auto"  # source of the patch labels, see `label_sources.label_maps`; "auto": the set's masks, or none where nothing uses them
+    distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for dense maps of a classifier
+    kappa_lr: float = 1.0  # learning rate of ReMixer's kappa over that of the rest
+    token_labels: bool = False  # TokenLabeling: a second head learns the patch labels, which are distributions over the classes
+    token_weight: float = 0.5  # of the patches' part in TokenLabeling's loss: 0.5 in ReMixer's code, 1.0 in TokenLabeling's
+
 # %% ../nbs/10a_config.ipynb #ee1f9990
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LabelFields):
     "What one training run is; made by `train_config`, which checks it."
     model: str = "convnext"  # one of MODELS
     scale: str = "mini"  # "mini", "small" or "paper"
@@ -76,12 +87,6 @@ class TrainConfig:
     mixing: str = "switch"  # "none", "timm" (Mixup + CutMix), "patch", or "switch" (one of the three per batch)
     grid: int | tuple[int, ...] = 7  # Patch Mixing's patches per side; of several, one is drawn per batch
     ratio: float = 0.5  # shares of replaced patches are uniform in [0, ratio]: PatchMixing's ratio=(0, ratio)
-    remixer: bool = False  # reweight the mixing layers by patch labels (ReMixer); for REMIXABLE models
-    labels: str = "auto"  # source of the patch labels, see `label_sources.label_maps`; "auto": the set's masks, or none where nothing uses them
-    distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for dense maps of a classifier
-    kappa_lr: float = 1.0  # learning rate of ReMixer's kappa over that of the rest
-    token_labels: bool = False  # TokenLabeling: a second head learns the patch labels, which are distributions over the classes
-    token_weight: float = 0.5  # of the patches' part in TokenLabeling's loss: 0.5 in ReMixer's code, 1.0 in TokenLabeling's
     recipe: str = "auto"  # "auto" or one of RECIPES
     epochs: int | None = None  # passes over the training split
     batch_size: int | None = None  # images a step, over all processes
