@@ -331,7 +331,7 @@ def test_the_readme_prints_each_command_on_one_line(name, ending):
 def test_the_python_of_the_readme_imports():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     imports = [n for block in blocks for n in ast.walk(ast.parse(block)) if isinstance(n, ast.ImportFrom)]
-    assert {n.module for n in imports} == {f"patchmix_repro.{name}" for name in ("mixing", "data", "evaluation", "smd", "saliency")}
+    assert {n.module for n in imports} == {f"patchmix_repro.{name}" for name in ("mixing", "data", "evaluation", "smd", "saliency", "labelers", "remixer")}
     for node in imports:
         module = importlib.import_module(node.module)
         assert not [a.name for a in node.names if not hasattr(module, a.name)]
