@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_labels', 'labels_for',
+           'PAIRED', 'KAPPA_LR', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_labels', 'labels_for',
            'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
@@ -73,7 +73,7 @@ class LabelFields:
     remixer: bool = False  # reweight the mixing layers by patch labels (ReMixer); for REMIXABLE models
     labels: str = "auto"  # source of the patch labels, see `label_sources.label_maps`; "auto": the set's masks, or none where nothing uses them
     distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for dense maps of a classifier
-    kappa_lr: float = 1.0  # learning rate of ReMixer's kappa over that of the rest
+    kappa_lr: float | None = None  # learning rate of ReMixer's kappa over that of the rest; None: KAPPA_LR of the scale
     token_labels: bool = False  # TokenLabeling: a second head learns the patch labels, which are distributions over the classes
     token_weight: float = 0.5  # of the patches' part in TokenLabeling's loss: 0.5 in ReMixer's code, 1.0 in TokenLabeling's
 
@@ -195,14 +195,17 @@ def _check(config):
         raise InputError(f"min_lr {config.min_lr} lies above lr {config.lr}. Lower min_lr or raise lr.")
     check_labels(config)
 
+# %% ../nbs/10a_config.ipynb #bb71df1f
+KAPPA_LR = {"mini": 20.0, "small": 4.0, "paper": 1.0}  # scale -> kappa_lr, so that the sum of its learning rates is near the paper's
+
 # %% ../nbs/10a_config.ipynb #cfe48b88
 def labels_for(
     config: TrainConfig,  # with fields at "auto"
-) -> dict[str, str]:  # labels, distance
-    "What \"auto\" stands for: true masks, and the distance that fits the labels (appendix B, ReMixer)."
+) -> dict:  # labels, distance, kappa_lr
+    "What \"auto\" stands for: true masks, the distance that fits the labels (appendix B, ReMixer), kappa's rate."
     used = config.remixer or config.token_labels
     labels = config.labels if config.labels != "auto" else "mask" if used else "none"
-    return {"labels": labels, "distance": "cosine" if "dense:" in labels else "l1"}
+    return {"labels": labels, "distance": "cosine" if "dense:" in labels else "l1", "kappa_lr": KAPPA_LR[config.scale] if config.remixer else 1.0}
 
 # %% ../nbs/10a_config.ipynb #6b597569
 def train_config(
