@@ -17,5 +17,5 @@ def pytest_sessionfinish(session):
     found = getattr(session.config, "_benchmarksession", None)
     table = ratios(found.benchmarks if found else [])
     if len(table):
-        record = store.new_record("benchmark", {"rounds": "in turns"}, seed=0, data={}, metrics={"quantities": len(table)}, tables={"ratios": table})
+        record = store.new_record("benchmark", {"rounds": "in turns", "benchmarks": sorted(table.benchmark.unique())}, seed=0, data={}, metrics={"quantities": len(table)}, tables={"ratios": table})
         print("\nfiled", store.append(record, project_root() / "runs" / "benchmarks").name)
