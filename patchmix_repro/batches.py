@@ -13,7 +13,9 @@ import random
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import ImageOps
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -110,14 +112,30 @@ def train_batches(
         for x, y, ids, *moved in DataLoader(keyed, batch_sampler=slices, num_workers=config.workers):
             yield ids, x.to(device), y.to(device), *(maps.to(device) for maps in moved)
 
+# %% ../nbs/10b_batches.ipynb #c1e05a77
+def _posterize(img, bits_to_keep, **settings):
+    return ImageOps.posterize(img, min(max(bits_to_keep, 1), 8))
+
+# %% ../nbs/10b_batches.ipynb #e70b94d3
+def _operations(part):
+    "timm's single operations inside a transform."
+    if isinstance(part, AugmentOp):
+        return [part]
+    inside = part if isinstance(part, (list, tuple)) else [getattr(part, name, []) for name in ("transforms", "ops", "policy")]
+    return [op for one in inside for op in _operations(one)]
+
 # %% ../nbs/10b_batches.ipynb #620c1743
 def policy_of(
     config: TrainConfig,  # complete
 ):  # from a PIL picture to a normalised tensor 3 h w
     "timm's training transform for the configuration."
     policy = None if config.augmentation == "crop" else config.augmentation
-    return create_transform(IMAGE_SIZE[config.scale], is_training=True, auto_augment=policy, color_jitter=0.4 if policy else None,
-                            interpolation="bicubic", re_prob=config.erase, re_mode="pixel", scale=(config.crop, 1.0), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    transform = create_transform(IMAGE_SIZE[config.scale], is_training=True, auto_augment=policy, color_jitter=0.4 if policy else None,
+                                 interpolation="bicubic", re_prob=config.erase, re_mode="pixel", scale=(config.crop, 1.0), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    for operation in _operations(transform):
+        if operation.aug_fn is posterize:  # timm's level 10 keeps 0 bits, which Pillow refuses
+            operation.aug_fn = _posterize
+    return transform
 
 # %% ../nbs/10b_batches.ipynb #dbcc0ce1
 def mixer_for(

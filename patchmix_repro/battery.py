@@ -58,6 +58,9 @@ def open_checkpoint(
         known = sorted(p.parent.name for place in places[1:] for p in place.parent.glob("*/model.json"))
         choose("model", name, known)
     model, card = load_model(found[0])
+    if card["config"].get("remixer"):
+        raise InputError(f"{found[0].name} was trained with ReMixer and needs patch labels, which a battery does not give. "
+                         f"Measure it with measure_backgrounds(..., labels_of={card['config']['labels']!r}), or name a network that was trained without.")
     return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]))
 
 # %% ../nbs/12b_battery.ipynb #774db155

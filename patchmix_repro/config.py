@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'KAPPA_LR', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_labels', 'labels_for',
-           'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
+           'PAIRED', 'KAPPA_LR', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_classes', 'check_labels',
+           'labels_for', 'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
@@ -72,7 +72,7 @@ class LabelFields:
     "What a training does with patch labels."
     remixer: bool = False  # reweight the mixing layers by patch labels (ReMixer); for REMIXABLE models
     labels: str = "auto"  # source of the patch labels, see `label_sources.label_maps`; "auto": the set's masks, or none where nothing uses them
-    distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for dense maps of a classifier
+    distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for labels from dense:..., l1 for all others
     kappa_lr: float | None = None  # learning rate of ReMixer's kappa over that of the rest; None: KAPPA_LR of the scale
     token_labels: bool = False  # TokenLabeling: a second head learns the patch labels, which are distributions over the classes
     token_weight: float = 0.5  # of the patches' part in TokenLabeling's loss: 0.5 in ReMixer's code, 1.0 in TokenLabeling's
@@ -157,6 +157,18 @@ REMIXABLE = ("deit", "deit_b", "convit", "mixer", "convmixer")  # networks of on
 WITH_TOKENS = ("deit", "deit_b", "convit", "mixer")  # networks whose patch tokens reach the head
 PAIRED = re.compile(r"rand-m(\d+(?:\.\d+)?)-mstd(\d+(?:\.\d+)?)-inc1")  # timm's policies that label maps can follow
 
+# %% ../nbs/10a_config.ipynb #5d1c7a90
+def check_classes(
+    config,  # a TrainConfig, perhaps with open fields
+) -> None:
+    "Refuse labels that only tell object from background where classes are needed."
+    if re.sub("^((shuffled|mean):)+", "", config.labels).partition(":")[0] in ("dense", "file"):
+        return
+    if config.token_labels:
+        raise InputError(f"token_labels with labels {config.labels!r}, which name no class. Give 'dense:RUN' of a classifier of the same classes, or a label file.")
+    if config.remixer and config.distance == "cosine":
+        raise InputError(f"cosine distance of labels {config.labels!r}, which have one class, is always 0. Set distance to 'l1', or give labels such as 'dense:RUN'.")
+
 # %% ../nbs/10a_config.ipynb #b468cc76
 def check_labels(
     config,  # a TrainConfig, perhaps with open fields
@@ -172,6 +184,7 @@ def check_labels(
         raise InputError("remixer and token_labels need labels. Name a source such as 'mask' or 'dense:RUN', or leave labels at 'auto'.")
     if used and config.augmentation not in (None, "crop") and not PAIRED.fullmatch(config.augmentation):
         raise InputError(f"patch labels cannot follow the augmentation {config.augmentation!r}. Give 'crop' or a policy such as 'rand-m9-mstd0.5-inc1'.")
+    check_classes(config)
 
 # %% ../nbs/10a_config.ipynb #4c3c097e
 def _check(config):

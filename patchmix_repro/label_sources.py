@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SOURCES', 'NEEDS', 'find_run', 'classifier_labeler', 'WholePictures', 'whole_view', 'to_label',
-           'read_source', 'label_maps', 'patch_labels_of']
+           'read_source', 'label_maps', 'patch_labels_of', 'run_labels', 'labeler_note']
 
 # %% ../nbs/10f_label_sources.ipynb #f77ce364
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .core import CheckpointError, InputError, choose, project_root, sha256_file
 from .data import IMAGENET_MEAN, IMAGENET_STD
 from .grabcut import grabcut, mask_box
-from .label_files import read_labels
+from .label_files import read_labels, view_of
 from .label_networks import Labeler, dense_labeler, label_images, saliency_labeler, unet_labeler
 from .labelers import LabelMaps, constant_maps, shuffle_maps
 from .models import PATCHES, batches_of
@@ -55,6 +55,8 @@ def classifier_labeler(
     "The dense map of a trained classifier (ReLabel)."
     if folder := find_run(name):
         model, card = load_model(folder)
+        if card["config"].get("remixer"):
+            raise InputError(f"{folder.name} was trained with ReMixer and needs patch labels itself. Name a classifier that was trained without.")
         mean, std = tuple(card.get("mean", IMAGENET_MEAN)), tuple(card.get("std", IMAGENET_STD))
         return dense_labeler(model, card["size"], tuple(card["classes"]), f"dense:{folder.name}", mean, std, sha256_file(folder / "model.safetensors"), device)
     if name == "squeezenet":
@@ -85,7 +87,7 @@ def whole_view(
     side: int,  # px, for whole photographs
 ):  # a data set
     "What of a set is labelled: its own pictures, or the whole photographs of a streamed training set."
-    return dataset if dataset.in_memory or dataset.split != "train" else WholePictures(dataset, side)
+    return dataset if view_of(dataset) == "square" else WholePictures(dataset, side)
 
 # %% ../nbs/10f_label_sources.ipynb #5b9e0af6
 def to_label(
@@ -141,7 +143,7 @@ NETWORKS = {  # word -> labeler, from what stands after the colon and the option
 # %% ../nbs/10f_label_sources.ipynb #2d4a4571
 SOURCES = {
     "mask": _mask, "grabcut": _grabcut, **{name: _network(make) for name, make in NETWORKS.items()},
-    "file": lambda dataset, rest, how: read_labels(rest, dataset),
+    "file": lambda dataset, rest, how: read_labels(rest.replace("{split}", dataset.split), dataset),
     "shuffled": _shuffled, "mean": _mean, "constant": lambda dataset, rest, how: constant_maps(len(dataset)),
 }
 NEEDS = {"unet": "unet:PATH", "dense": "dense:RUN", "file": "file:PATH", "shuffled": "shuffled:SOURCE", "mean": "mean:SOURCE"}  # what follows the colon
@@ -162,7 +164,7 @@ def read_source(
 
 # %% ../nbs/10f_label_sources.ipynb #1bf07c24
 def label_maps(
-    source: str,  # mask, saliency[:PATH], unet:PATH, dense:RUN, grabcut, file:PATH, constant, shuffled:SOURCE, mean:SOURCE
+    source: str,  # mask, saliency[:PATH], unet:PATH, dense:RUN, grabcut, file:PATH (with {split} for train, val, test), constant, shuffled:SOURCE, mean:SOURCE
     dataset,  # from `create_dataset`, or a set of variants; its own images are labelled
     root: str | Path | None = None,  # the data folder, for saliency_net.npz and squeezenet
     seed: int = 0,  # of the shuffle
@@ -183,3 +185,20 @@ def patch_labels_of(
 ) -> Callable[[torch.Tensor], torch.Tensor]:  # int64 ids b -> patch labels float b n k
     "Label maps as a remixed network takes them."
     return lambda ids: found.patch(found.batch(ids), grid)
+
+# %% ../nbs/10f_label_sources.ipynb #1437678b
+def run_labels(
+    config,  # a complete TrainConfig
+    data: dict,  # split -> data set
+) -> dict:  # split -> LabelMaps, or None where nothing uses them
+    "The patch labels of every split, from the configuration's source."
+    if config.labels == "none":
+        return dict.fromkeys(data)
+    return {split: label_maps(config.labels, dataset, config.root, config.seed, workers=config.workers) for split, dataset in data.items()}
+
+# %% ../nbs/10f_label_sources.ipynb #ff234c8c
+def labeler_note(
+    found: LabelMaps | None,  # of a split
+) -> dict[str, str]:  # labeler: name and sha256; empty without labels
+    "What made the labels, for the run's folder and the network's card."
+    return {} if found is None else {"labeler": f"{found.labeler} {found.sha256}".strip()}

@@ -26,7 +26,7 @@ _enhance = lambda level, sign: max(0.1, 1 + sign * 0.9 * level / 10)
 
 # %% ../nbs/07d_paired.ipynb #04b9de41
 ARGUMENTS = {  # timm's increasing operations: argument from level 0 ... 10 and sign; None: they take none
-    "AutoContrast": None, "Equalize": None, "Invert": None, "Rotate": _signed(30), "PosterizeIncreasing": lambda level, sign: 4 - int(level / 10 * 4),
+    "AutoContrast": None, "Equalize": None, "Invert": None, "Rotate": _signed(30), "PosterizeIncreasing": lambda level, sign: max(1, 4 - int(level / 10 * 4)),
     "SolarizeIncreasing": lambda level, sign: 256 - int(level / 10 * 256), "SolarizeAdd": lambda level, sign: min(128, int(level / 10 * 110)),
     "ColorIncreasing": _enhance, "ContrastIncreasing": _enhance, "BrightnessIncreasing": _enhance, "SharpnessIncreasing": _enhance,
     "ShearX": _signed(0.3), "ShearY": _signed(0.3), "TranslateXRel": _signed(0.45), "TranslateYRel": _signed(0.45),

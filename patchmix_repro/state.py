@@ -26,7 +26,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from .config import TrainConfig, identity
+from .config import NEUTRAL, TrainConfig, identity
 from .core import CheckpointError, InputError, NonFiniteError, StoreError, atomic_folder, keyed_seed
 from .models import create_model, plain_attention
 from .remixer import parameter_groups, remix
@@ -153,8 +153,8 @@ def refuse_other(
     place: str,  # where, for the message
 ) -> None:
     "Stop when two identities differ, and name the fields."
-    mine = identity(config)
-    fields = [f"{k}: {other.get(k)!r} there, {v!r} here" for k, v in mine.items() if other.get(k) != v]
+    mine, there = (NEUTRAL | known for known in (identity(config), other))
+    fields = [f"{k}: {there.get(k)!r} there, {v!r} here" for k, v in mine.items() if there.get(k) != v]
     if fields:
         raise CheckpointError(f"{place} holds a run of another configuration ({'; '.join(fields)}). Choose another `out`, or give the same values.")
 

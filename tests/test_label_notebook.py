@@ -15,7 +15,7 @@ from patchmix_repro.core import InputError
 from patchmix_repro.data import create_dataset
 from patchmix_repro.label_files import read_labels
 from patchmix_repro.label_sources import label_maps
-from patchmix_repro.labelling import LabelConfig, label_folder
+from patchmix_repro.labelling import LabelConfig, label_folder, label_split, open_images
 from patchmix_repro.parameters import checked
 
 LABEL = Path(__file__).resolve().parents[1] / "nbs" / "label.ipynb"
@@ -45,7 +45,8 @@ def test_the_defaults_label_the_embedded_set(tmp_path):
     found = read_labels(tmp_path / "run" / "labels.safetensors", data)
     assert len(found) == len(data) and found.classes == data.classes
     before = (tmp_path / "run" / "labels.safetensors").stat().st_mtime_ns
-    run(tmp_path)
+    again = label_split(LabelConfig(), open_images(LabelConfig()), tmp_path / "run")
+    assert torch.equal(again.maps, found.maps)
     assert (tmp_path / "run" / "labels.safetensors").stat().st_mtime_ns == before, "a finished run is read, not made again"
 
 
@@ -70,8 +71,9 @@ def test_somebodys_own_pictures(photos, tmp_path):
 
 
 def test_pictures_without_masks_say_what_to_use(photos, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="has no object masks.*Use saliency, dense"):
-        run(tmp_path, data="folder", root=str(photos), split="train", labels="mask")
+    config = LabelConfig(data="folder", root=str(photos), split="train", labels="mask")
+    with pytest.raises(InputError, match="has no object masks.*Use saliency, dense"):
+        label_split(config, open_images(config), tmp_path / "run")
     assert not (tmp_path / "run" / "labels.safetensors").exists()
 
 

@@ -1,6 +1,7 @@
 """ReMixer's equations and the adapter against hand, slow forms and properties, and what the ecosystem asks of a module."""
 import copy
 import math
+from datetime import timedelta
 from functools import lru_cache
 
 import pytest
@@ -582,7 +583,8 @@ def test_compiles_as_one_graph(name):
     net, x, y = set_kappa(remix(small_of(name)[0]), 0.5), normal(2, 3, 32, 32), amounts(2, 16, 2)
     with torch.no_grad():
         net.kappa[0] = -1
-    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if name == "deit" else "eager"  # the projection of kappa in place, which is the same code in all, is also traced to its gradient
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend=backend)
     found, expected = compiled(x, y), net(x, y)
     found.sum().backward(), expected.sum().backward()
     assert (found - expected).abs().max() < 1e-12 and compiled.kappa[0] == 0
@@ -642,7 +644,7 @@ def test_parameter_groups():
 def one_of_two(rank, address, results):
     "Train on half a batch each, labels in every other step; what both end with has to agree."
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timedelta(seconds=240))
     try:
         torch.manual_seed(0)
         net = remix(VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=2, num_heads=2, num_classes=3).double())
@@ -659,7 +661,11 @@ def one_of_two(rank, address, results):
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    other, threads = torch.multiprocessing.get_context("spawn").Process(target=one_of_two, args=(1, str(tmp_path / "meet"), str(tmp_path))), torch.get_num_threads()
+    other.start()
+    one_of_two(0, str(tmp_path / "meet"), str(tmp_path))
+    other.join(), torch.set_num_threads(threads)
+    assert other.exitcode == 0
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     torch.manual_seed(0)

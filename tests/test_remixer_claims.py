@@ -218,7 +218,7 @@ def share_of_pages(claims, means, said, pages=300, **how):
 
 def test_without_an_effect_a_page_rarely_says_anything():
     claims = rc.background_claims(["mask"], ["deit"]) + rc.control_claims(models=["deit"])[-2:]
-    assert share_of_pages(claims, lambda *place: 0.5, ["shown", "shown opposite"]) <= 0.07
+    assert share_of_pages(claims, lambda *place: 0.5, ["shown", "shown opposite"], pages=150) <= 0.08
 
 
 def test_kappa_of_equal_quarters_does_not_fall():
