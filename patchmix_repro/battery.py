@@ -25,11 +25,12 @@ from .data import DATASETS, create_dataset
 from .evaluation import compare, first_batch_size, summary
 from .files import SPLITS
 from .filing import measure_battery, note_of
+from .imagenet9 import in9_table
 from .models import PRETRAINED
 from .occluded import pccp, rod_map, score_rod
 from .occlusion import Clean
 from .parameters import run_folder_for
-from .photographs import class_map
+from .photographs import IN9_CLASSES, class_map
 from .shards import synset_ids
 from .smd import battery
 from .squeezenet import load_squeezenet
@@ -46,6 +47,7 @@ class Network(NamedTuple):
     note: dict  # from `note_of`
     size: int  # image side that it takes, px
     classes: tuple[str, ...] | None  # their names; None: not known
+    labels: str = "none"  # source of the patch labels that a remixed network was trained with
 
 # %% ../nbs/12b_battery.ipynb #34bceea3
 def open_checkpoint(
@@ -58,7 +60,8 @@ def open_checkpoint(
         known = sorted(p.parent.name for place in places[1:] for p in place.parent.glob("*/model.json"))
         choose("model", name, known)
     model, card = load_model(found[0])
-    return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]))
+    labels = card["config"].get("labels", "mask") if card["config"].get("remixer") else "none"
+    return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]), labels)
 
 # %% ../nbs/12b_battery.ipynb #774db155
 def open_pretrained(
@@ -93,11 +96,14 @@ def open_networks(
 def class_map_of(
     network: Network,  # from `open_networks`
     dataset,  # from `create_dataset`
+    root: str | Path | None = None,  # where the table of ImageNet-9 lies, see `in9_table`
 ) -> torch.Tensor | None:  # int64 1000: class of the data set, -1 outside; None: the same classes, or not known
     "From a network's classes to a data set's, or an error."
     own, asked = network.classes, tuple(dataset.classes)
     if own in (None, asked):
         return None
+    if own == tuple(synset_ids()) and asked == IN9_CLASSES:
+        return in9_table(root)
     if own == tuple(synset_ids()) and (dataset.name == "rod" or set(asked) < set(own)):
         return rod_map() if dataset.name == "rod" else class_map(asked)
     raise InputError(f"{network.note['name']} knows the classes {', '.join(own[:3])}, ... ({len(own)}), and {dataset.name} has {', '.join(asked[:3])}, ... ({len(asked)}). "
@@ -165,7 +171,7 @@ def run_battery(
     networks, folder = open_networks(config.model, config.pretrained), run_folder_for("evaluate", config, config.out, PLACES)
     conditions = battery(config.battery, seed=config.seed) if conditions is None else conditions
     data = {size: create_dataset(config.data, config.split, size, config.root) for size in {n.size for n in networks.values()}}
-    maps = {name: class_map_of(network, data[network.size]) for name, network in networks.items()}
+    maps = {name: class_map_of(network, data[network.size], config.root) for name, network in networks.items()}
     device, rows, tables = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, {}
     for name, network in networks.items():
         dataset, known = data[network.size], maps[name]
