@@ -32,6 +32,8 @@ from patchmix_repro.networks import write_model
 from patchmix_repro.parameters import checked
 from patchmix_repro.photographs import IN9_CLASSES
 from patchmix_repro.relevance import object_share, relevance
+from patchmix_repro.remixer_records import remixer_runs, select
+from patchmix_repro.remixer_tables import labeller_table
 from patchmix_repro.shards import synset_ids
 from patchmix_repro.shifted_records import SHIFTED, measure_labeller, measure_shifted, open_shifted, part_of, probe_features, sampled_labels
 from patchmix_repro.state import network_for
@@ -294,6 +296,21 @@ def test_the_figure_tells_networks_apart():
     lines = [bar.lines[0] for bar in figure.axes[0].containers]
     assert lines[0].get_color() == lines[1].get_color() and lines[0].get_markerfacecolor() != lines[1].get_markerfacecolor() == "white"
     assert (lines[0].get_xdata() < lines[1].get_xdata()).all() and "a, original: 50.0" in figure.get_label()
+
+
+# ---- what the results pages read ----
+
+def test_the_pages_find_every_kind_of_record(remixed_run, drawings, tmp_path):
+    for measure in ("backgrounds", "relevance", "labels"):
+        run_challenge(ChallengeConfig(model=str(remixed_run), measure=measure, variants="original,mixed_rand", limit=40 if measure == "labels" else 4, out=str(tmp_path)))
+    network, = open_networks(str(remixed_run)).values()
+    measure_shifted(network.model, network.note, drawings, "sketch_9", tmp_path, "mask", limit=4)
+    measure_shifted(network.model, network.note, drawings, "shape_texture edges", tmp_path, "mask", limit=4)
+    runs = remixer_runs(tmp_path / "records")
+    assert set(zip(runs["kind"], runs.variant)) == {("backgrounds", "original"), ("backgrounds", "mixed_rand"), ("relevance", "object share"), ("shifted", "sketch_9"), ("shifted", "shape_texture edges")}
+    assert runs.remixer.all() and set(runs.labels) == {"mask"} and set(runs.run_id) == {"remixed-by-hand"} and set(runs.n) == {4} and set(runs.train_data) == {"shapes9"}
+    assert set(select(runs, "shapes9", "mini").recipe) == {"remixer mask"}
+    assert labeller_table(tmp_path / "records", "shapes9").loc["mask", "images"] == 40 and store.verify(tmp_path / "records").empty
 
 
 # ---- the notebook ----
