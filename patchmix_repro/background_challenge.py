@@ -122,6 +122,7 @@ def evaluate_backgrounds(
     seed: int = 0,  # of the backgrounds and the sample
     limit: int | None = None,  # a keyed sample of at most so many objects; None: all
     workers: int = 4,  # decoding processes of streamed sets
+    root: str | Path | None = None,  # the data folder, for a named labeller
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # ROWS; id and fg_file name the object, bg_label is -1 where there is no known background
     "What a network says about every object under every variant, the same objects in each (ReMixer, section 3.2)."
@@ -134,7 +135,7 @@ def evaluate_backgrounds(
         for name, opened in openers.items():
             data, ids = opened()
             known = checked_map(class_map, data)
-            given = patch_labels_of(label_maps(labels_of, data, seed=seed, device=device)) if named else None
+            given = patch_labels_of(label_maps(labels_of, data, root, seed, device=device)) if named else None
             key = [part_key(model, data, mean, std, known, dtype, seed), labels_of if named else labels_of is not None, ids.tolist()] if out else None
             path = Path(out) / f"{name}-{stable_hash(key, 12)}.parquet" if out else None
             rows = _kept(path, partial(_variant_rows, forward, data, ids, given, known, batch_size, device, workers, bar))

@@ -25,11 +25,12 @@ from .data import DATASETS, create_dataset
 from .evaluation import compare, first_batch_size, summary
 from .files import SPLITS
 from .filing import measure_battery, note_of
+from .imagenet9 import in9_table
 from .models import PRETRAINED
 from .occluded import pccp, rod_map, score_rod
 from .occlusion import Clean
 from .parameters import run_folder_for
-from .photographs import class_map
+from .photographs import IN9_CLASSES, class_map
 from .shards import synset_ids
 from .smd import battery
 from .squeezenet import load_squeezenet
@@ -46,6 +47,7 @@ class Network(NamedTuple):
     note: dict  # from `note_of`
     size: int  # image side that it takes, px
     classes: tuple[str, ...] | None  # their names; None: not known
+    labels: str = "none"  # source of the patch labels that a remixed network was trained with
 
 # %% ../nbs/12b_battery.ipynb #34bceea3
 def open_checkpoint(
@@ -58,10 +60,8 @@ def open_checkpoint(
         known = sorted(p.parent.name for place in places[1:] for p in place.parent.glob("*/model.json"))
         choose("model", name, known)
     model, card = load_model(found[0])
-    if card["config"].get("remixer"):
-        raise InputError(f"{found[0].name} was trained with ReMixer and needs patch labels, which a battery does not give. "
-                         f"Measure it with measure_backgrounds(..., labels_of={card['config']['labels']!r}), or name a network that was trained without.")
-    return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]))
+    labels = card["config"].get("labels", "mask") if card["config"].get("remixer") else "none"
+    return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]), labels)
 
 # %% ../nbs/12b_battery.ipynb #774db155
 def open_pretrained(
@@ -82,6 +82,7 @@ def open_pretrained(
 def open_networks(
     model: str | None = None,  # folders or names, comma-separated; None: the shipped ones, or none beside `pretrained`
     pretrained: str = "",  # timm names or "squeezenet", comma-separated
+    remixed: bool = False,  # may need patch labels beside images
 ) -> dict[str, Network]:  # by name
     "All networks of a run, each once."
     split = lambda text: [part.strip() for part in text.split(",") if part.strip()]
@@ -90,17 +91,23 @@ def open_networks(
     names = [network.note["name"] for network in found]
     if not found or len(set(names)) < len(names):
         raise InputError(f"model {model!r} and pretrained {pretrained!r} name {', '.join(names) or 'no network'}. Name at least one, each once.")
+    if not remixed and (labelled := [network for network in found if network.labels != "none"]):
+        raise InputError(f"{labelled[0].note['name']} was trained with ReMixer and needs patch labels ({labelled[0].labels!r}), which this run does not give. "
+                         "Measure it with nbs/challenge.ipynb, or name a network that was trained without.")
     return dict(zip(names, found))
 
 # %% ../nbs/12b_battery.ipynb #7b0e0952
 def class_map_of(
     network: Network,  # from `open_networks`
     dataset,  # from `create_dataset`
+    root: str | Path | None = None,  # where the table of ImageNet-9 lies, see `in9_table`
 ) -> torch.Tensor | None:  # int64 1000: class of the data set, -1 outside; None: the same classes, or not known
     "From a network's classes to a data set's, or an error."
     own, asked = network.classes, tuple(dataset.classes)
     if own in (None, asked):
         return None
+    if own == tuple(synset_ids()) and asked == IN9_CLASSES:
+        return in9_table(root)
     if own == tuple(synset_ids()) and (dataset.name == "rod" or set(asked) < set(own)):
         return rod_map() if dataset.name == "rod" else class_map(asked)
     raise InputError(f"{network.note['name']} knows the classes {', '.join(own[:3])}, ... ({len(own)}), and {dataset.name} has {', '.join(asked[:3])}, ... ({len(asked)}). "
@@ -168,7 +175,7 @@ def run_battery(
     networks, folder = open_networks(config.model, config.pretrained), run_folder_for("evaluate", config, config.out, PLACES)
     conditions = battery(config.battery, seed=config.seed) if conditions is None else conditions
     data = {size: create_dataset(config.data, config.split, size, config.root) for size in {n.size for n in networks.values()}}
-    maps = {name: class_map_of(network, data[network.size]) for name, network in networks.items()}
+    maps = {name: class_map_of(network, data[network.size], config.root) for name, network in networks.items()}
     device, rows, tables = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, {}
     for name, network in networks.items():
         dataset, known = data[network.size], maps[name]

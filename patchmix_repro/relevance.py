@@ -46,14 +46,17 @@ def explicit_attention(
     model: nn.Module,  # with attention modules
 ):
     "Fused attention off for the length of a `with` block; each module gets its own choice back."
-    layers = [(layer, layer.fused_attn) for layer in model.modules() if hasattr(layer, "fused_attn")]
+    layers = [(layer, vars(layer).get("fused_attn")) for layer in model.modules() if hasattr(layer, "fused_attn") or hasattr(layer, "attn_drop")]
     try:
         for layer, _ in layers:
             layer.fused_attn = False
         yield
     finally:
         for layer, fused in layers:
-            layer.fused_attn = fused
+            if fused is None:
+                del layer.fused_attn
+            else:
+                layer.fused_attn = fused
 
 # %% ../nbs/13d_relevance.ipynb #f9d66b61
 @contextmanager

@@ -40,8 +40,11 @@ def _vit_block(block, x, distance, kappa):
 # %% ../nbs/09_remixer.ipynb #15f84b5a
 def _self_attention(attn, x, distance, kappa):
     q, k, v = rearrange(attn.qkv(x), "b t (three h d) -> three b h t d", three=3, h=attn.num_heads)
-    rate = attn.attn_drop.p if attn.training else 0.0
-    y = remix_attention(q, k, v, distance, kappa, x.shape[1] - distance.shape[1], rate, attn.scale)
+    prefix, rate = x.shape[1] - distance.shape[1], attn.attn_drop.p if attn.training else 0.0
+    if getattr(attn, "fused_attn", True):
+        y = remix_attention(q, k, v, distance, kappa, prefix, rate, attn.scale)
+    else:  # someone reads the probabilities at attn_drop
+        y = attn.attn_drop((attn.scale * q @ k.mT + attention_bias(distance, kappa, prefix).to(q.dtype)).softmax(-1)) @ v
     return attn.proj_drop(attn.proj(rearrange(y, "b h t d -> b t (h d)")))
 
 # %% ../nbs/09_remixer.ipynb #abe30816

@@ -200,6 +200,38 @@ def test_a_remixed_network_keeps_the_contract():
     assert not torch.allclose(relevance(net, x, 0, labels), relevance(base, x, 0), rtol=1e-5)
 
 
+def test_a_remixed_convit_is_read_in_all_its_blocks():
+    base = create_model("convit", "mini", 9).eval()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    net, x = remixer.remix(base), images(2, 56).float()
+    labels = torch.rand(2, 196, 1, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(relevance(net, x, 0, labels), relevance(base, x, 0), rtol=1e-3, atol=1e-6)  # kappa is 0
+    with torch.no_grad():
+        net.kappa.fill_(2.0)
+        fused = net(x, labels)
+        with attention_maps(net) as maps:
+            torch.testing.assert_close(net(x, labels), fused, rtol=1e-4, atol=1e-5)  # the explicit form is eq. 5 too
+    assert [a.shape[-1] for a in maps] == [196] * 5 + [197]
+    q, k, _ = (part.unflatten(-1, (base.blocks[5].attn.num_heads, -1)).movedim(2, 1) for part in last_input(net, x, labels).chunk(3, -1))
+    weights = nn.functional.pad(torch.exp(-2 * (labels - labels.mT).abs()), (1, 0, 1, 0), value=1.0)[:, None]
+    literal = weights * (base.blocks[5].attn.scale * q @ k.mT).softmax(-1)
+    torch.testing.assert_close(maps[-1], literal / literal.sum(-1, keepdim=True), rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(relevance(net, x, 0, labels), relevance(base, x, 0), rtol=1e-5)
+    assert not any("fused_attn" in vars(block.attn) for block in net.base.blocks)
+
+
+def last_input(net, x, labels):
+    "Queries, keys and values of the last block."
+    found = []
+    handle = net.base.blocks[5].attn.qkv.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.no_grad():
+        net(x, labels)
+    handle.remove()
+    return found[0]
+
+
 # errors
 @pytest.mark.parametrize("name", ["mixer", "convmixer", "convnext", "swin"])
 def test_a_network_without_cls_is_told_what_explains_it(name):

@@ -1,6 +1,7 @@
 "ReMixer's tables: the paper's number beside ours, and every page on a full and on an empty store."
 import gc
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -17,7 +18,11 @@ from scipy.stats import t, ttest_ind
 
 from patchmix_repro import remixer_tables as rt
 from patchmix_repro import store
+from patchmix_repro.challenge_runs import ChallengeConfig
+from patchmix_repro.config import config_from, run_id
+from patchmix_repro.label_sources import read_source
 from patchmix_repro.ledger import published
+from patchmix_repro.parameters import checked
 from patchmix_repro.remixer_claims import WAY
 from patchmix_repro.remixer_records import kappa_runs, remixer_runs, select, with_differences
 
@@ -107,8 +112,36 @@ def test_the_labellers_accuracy_comes_out_of_its_record(folder, tmp_path):
 def test_commands_name_what_lacks(rows):
     assert rt.missing_runs(rows, [side for side, _ in PAIRS], "shapes9", "mini") == ""
     said = rt.missing_runs(rows, [("deit", "remixer mask"), ("deit_b", "plain tokens")], "shapes9", "small", seeds=5).splitlines()
-    assert said[0].endswith("-p model deit -p data shapes9 -p scale small -p remixer True -p labels mask -p seed 3") and "seeds 3, 4:" in said[0]
-    assert said[1].endswith("-p labels dense -p token_labels True -p seed 0")
+    assert said[0] == "not run: DeiT remixer mask, seeds 3, 4:" and len(said) == 6
+    assert said[1].endswith("-p model deit -p data shapes9 -p remixer True -p labels mask -p scale small -p mixing timm -p seed 3")
+    assert "-p token_labels True -p labels dense:convnext_mini_original -p scale small" in said[4] and said[4].endswith("-p seed 0")
+    assert len(rt.missing_runs(rows, [("deit_b", "plain tokens")], "shapes9", "small", measure="").splitlines()) == 2
+    assert len(rt.missing_runs(rows, [("deit", "plain")], "shapes9", "small", seeds=5, measure="shifted").splitlines()) == 2  # no shifted set has its classes
+    assert "-p measure shifted" in rt.missing_runs(rows[:0], [("deit", "plain")], "caltech9", "small", measure="shifted")
+
+
+def arguments(command):
+    words = command.split(" -p ")
+    return words[0].split()[1], dict(word.split(" ") for word in words[1:])
+
+
+@pytest.mark.parametrize("recipe, labels, tested", [
+    ("plain", None, None), ("remixer mask", "mask", None), ("remixer dense", "dense:convnext_mini_original", None), ("remixer shuffled", "shuffled:mask", None),
+    ("remixer dense tokens", "dense:convnext_mini_original", None), ("plain tokens", "dense:convnext_mini_original", None), ("remixer constant trained on mask", "mask", "constant"),
+])
+def test_commands_run_as_they_stand(rows, recipe, labels, tested):
+    "papermill's parameters over the notebooks' own cells: a configuration of each, and the name of the run."
+    train, challenge = rt.missing_runs(rows[:0], [("deit", recipe)], "shapes9", "mini").splitlines()[1:]
+    configs = []
+    for (notebook, given), check in ((arguments(train), config_from), (arguments(challenge), partial(checked, ChallengeConfig))):
+        cell = next(c for c in nbformat.read(PAGES.parents[1] / notebook, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
+        exec(cell.source, space := {})  # our own file
+        configs.append(check({**{k: v for k, v in space.items() if k not in ("__builtins__", "__annotations__")}, **{k: {"True": True, "None": None}.get(v, int(v) if v.isdigit() else v) for k, v in given.items()}}))
+    trained, measured = configs
+    assert trained.labels == (labels or "none") and trained.remixer == recipe.startswith("remixer") and trained.token_labels == recipe.endswith("tokens")
+    assert measured.model == run_id(trained) and measured.limit is None and measured.labels == (tested or "auto")
+    if labels:
+        read_source(trained.labels)
 
 
 # pages

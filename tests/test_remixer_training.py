@@ -384,7 +384,7 @@ def test_a_shipped_remixed_network_says_what_its_accuracy_needs(whole, tmp_path)
 
 def test_a_remixed_network_is_not_measured_without_its_labels(whole):
     "Neither as one network of a battery nor as the labeller of another training."
-    with pytest.raises(InputError, match="needs patch labels, which a battery does not give. Measure it with measure_backgrounds"):
+    with pytest.raises(InputError, match="needs patch labels .*Measure it with nbs/challenge.ipynb"):
         open_checkpoint(str(whole.folder))
     with pytest.raises(InputError, match="trained with ReMixer and needs patch labels itself"):
         classifier_labeler(str(whole.folder))
