@@ -141,7 +141,7 @@ def describe_networks(
     config: ChallengeConfig,  # what to measure
 ) -> pd.DataFrame:  # one row a network
     "The networks of a run, and where their patch labels come from."
-    networks = open_networks(config.model, config.pretrained)
+    networks = open_networks(config.model, config.pretrained, remixed=True)
     rows = {name: {**network.note, "labels": source_for(network, config.labels)} for name, network in networks.items()}
     return pd.DataFrame(rows).T[["model", "scale", "mixing", "labels", "train_data", "train_seed", "run_id"]].rename_axis("network")
 
@@ -169,7 +169,7 @@ def run_challenge(
     progress: bool = False,  # show a bar
 ) -> Challenged:
     "Every network of a run on the same objects; what the run's folder already holds is read."
-    networks, folder, kind = open_networks(config.model, config.pretrained), run_folder_for("challenge", config, config.out, PLACES), MEASURES[config.measure]
+    networks, folder, kind = open_networks(config.model, config.pretrained, remixed=True), run_folder_for("challenge", config, config.out, PLACES), MEASURES[config.measure]
     opened, device = {size: kind.open(config, size) for size in {network.size for network in networks.values()}}, "cuda" if torch.cuda.is_available() else "cpu"
     labels, tables, lost = {name: source_for(network, config.labels) for name, network in networks.items()}, {}, []
     for name, network in networks.items():

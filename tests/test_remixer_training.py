@@ -18,7 +18,7 @@ from test_training import CPU, ends, kill_when, start
 from test_train_notebook import run as run_notebook
 
 from patchmix_repro import batches, filing, paired, state, store, training
-from patchmix_repro.battery import open_checkpoint
+from patchmix_repro.battery import open_networks
 from patchmix_repro.config import HINTS, TrainConfig, identity, run_id, train_config
 from patchmix_repro.core import CheckpointError, DataError, InputError, project_root
 from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
@@ -385,7 +385,7 @@ def test_a_shipped_remixed_network_says_what_its_accuracy_needs(whole, tmp_path)
 def test_a_remixed_network_is_not_measured_without_its_labels(whole):
     "Neither as one network of a battery nor as the labeller of another training."
     with pytest.raises(InputError, match="needs patch labels .*Measure it with nbs/challenge.ipynb"):
-        open_checkpoint(str(whole.folder))
+        open_networks(str(whole.folder))
     with pytest.raises(InputError, match="trained with ReMixer and needs patch labels itself"):
         classifier_labeler(str(whole.folder))
 
