@@ -287,6 +287,18 @@ def test_sheets_are_filed_once_and_drawn(remixed_run, drawings, tmp_path):
     assert captions[3:] == ["remixed"] * 3 and torch.equal(images[:3], drawings.images[relevance_records.object_ids(drawings, 0, 3)]) and draw_sheet(tmp_path, "relevance", "shapes9")[1].shape[0] == 6
 
 
+def test_every_measure_has_a_sheet(shared_data, monkeypatch):
+    for measure in ("backgrounds", "relevance", "labels"):
+        assert len(cp.challenge_sheet(ChallengeConfig(measure=measure, variants="original,no_fg"), count=2)[1]) == 4
+    monkeypatch.setattr(cp, "MEASURES", {"backgrounds": cr.MEASURES["backgrounds"]._replace(open=lambda *_: flat([1, 2], [0, 1]))})
+    assert "no masks" in cp.challenge_sheet(ChallengeConfig())[0].get_label()
+    monkeypatch.undo()
+    if not (shared_data / "shape_texture.zip").is_file():
+        pytest.skip("no shape_texture.zip in the folder that PATCHMIX_DATA names")
+    titles = cp.challenge_sheet(ChallengeConfig(measure="shifted", data="caltech9", root=str(shared_data)), count=2)[1].title
+    assert [title.split("\n")[0] for title in titles[::2]] == list(SHIFTED["caltech9"])
+
+
 def test_the_figure_tells_networks_apart():
     table = pd.DataFrame({"estimate": [0.5, 0.25, 0.2], "low": [0.4, 0.1, 0.1], "high": [0.6, 0.3, 0.3], "n": 40}, index=pd.Index(["original", "no_fg", "bg_gap"], name="variant"))
     note = {"model": "deit", "mixing": "timm"}
