@@ -72,7 +72,7 @@ class Silent(nn.Module):
 def test_a_remixed_network_gets_labels_of_the_variants_own_picture(remixed_run, drawings, tmp_path):
     config = ChallengeConfig(model=str(remixed_run), variants="original,only_bg_t,mixed_same,mixed_rand", limit=12, out=str(tmp_path))
     measured = run_challenge(config)
-    network, = open_networks(str(remixed_run)).values()
+    network, = open_networks(str(remixed_run), remixed=True).values()
     assert measured.labels == {"remixed": "mask"} and network.labels == "mask"
     record, = store.read(tmp_path / "records", "backgrounds").to_dict("records")
     assert record["config.labels"] == "mask" and record["config.run_id"] == "remixed-by-hand" and record["metrics.objects"] == 12
@@ -94,7 +94,7 @@ def test_a_remixed_network_gets_labels_of_the_variants_own_picture(remixed_run, 
 def test_what_is_filed_is_not_measured_again(tmp_path, monkeypatch):
     config = ChallengeConfig(model="convnext_mini_original", variants="original,mixed_same,mixed_rand", limit=50, out=str(tmp_path))
     first, opened = run_challenge(config), open_networks("convnext_mini_original")
-    monkeypatch.setattr(cr, "open_networks", lambda *_: {name: network._replace(model=Silent()) for name, network in opened.items()})
+    monkeypatch.setattr(cr, "open_networks", lambda *_, **__: {name: network._replace(model=Silent()) for name, network in opened.items()})
     again = run_challenge(config)
     pd.testing.assert_frame_equal(again.tables["convnext_mini_original"], first.tables["convnext_mini_original"])
     assert len(list((tmp_path / "records").iterdir())) == 1 and first.chance == pytest.approx(1 / 9)
@@ -243,7 +243,7 @@ def test_a_probe_reads_no_more_than_the_labels_hold(drawings, tmp_path):
 def test_the_share_of_relevance_is_that_of_the_map(remixed_run, drawings, tmp_path):
     config = ChallengeConfig(model=str(remixed_run), measure="relevance", limit=6, batch_size=4, out=str(tmp_path))
     measured = run_challenge(config)
-    network, = open_networks(str(remixed_run)).values()
+    network, = open_networks(str(remixed_run), remixed=True).values()
     rows = store.read_table(tmp_path / "records", "images", "relevance")
     ids = torch.tensor(rows["id"].to_numpy())
     maps = torch.cat([relevance(network.model, normalize(drawings.images[i : i + 1]), labels=patch_labels_of(label_maps("mask", drawings))(i.view(1))) for i in ids])
@@ -281,7 +281,7 @@ def test_sheets_are_filed_once_and_drawn(remixed_run, drawings, tmp_path):
     plan = plan_backgrounds(drawings)
     own = plan.ids[torch.cat(block_order(len(plan.ids), 0, 2))]
     assert torch.equal(images[::8], drawings.images[own])
-    network, = open_networks(str(remixed_run)).values()
+    network, = open_networks(str(remixed_run), remixed=True).values()
     assert cp.file_relevance_sheet({"remixed": network}, tmp_path, count=3)
     images, captions = read_sheet(tmp_path, "relevance", "shapes9")
     assert captions[3:] == ["remixed"] * 3 and torch.equal(images[:3], drawings.images[relevance_records.object_ids(drawings, 0, 3)]) and draw_sheet(tmp_path, "relevance", "shapes9")[1].shape[0] == 6
@@ -315,7 +315,7 @@ def test_the_figure_tells_networks_apart():
 def test_the_pages_find_every_kind_of_record(remixed_run, drawings, tmp_path):
     for measure in ("backgrounds", "relevance", "labels"):
         run_challenge(ChallengeConfig(model=str(remixed_run), measure=measure, variants="original,mixed_rand", limit=40 if measure == "labels" else 4, out=str(tmp_path)))
-    network, = open_networks(str(remixed_run)).values()
+    network, = open_networks(str(remixed_run), remixed=True).values()
     measure_shifted(network.model, network.note, drawings, "sketch_9", tmp_path, "mask", limit=4)
     measure_shifted(network.model, network.note, drawings, "shape_texture edges", tmp_path, "mask", limit=4)
     runs = remixer_runs(tmp_path / "records")
