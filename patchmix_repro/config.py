@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'KAPPA_LR', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_classes', 'check_labels',
-           'labels_for', 'train_config', 'config_from', 'identity', 'run_id', 'run_folder']
+           'PAIRED', 'KAPPA_PEAK', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_classes',
+           'check_labels', 'kappa_factor', 'labels_for', 'train_config', 'config_from', 'identity', 'run_id',
+           'run_folder']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
@@ -73,7 +74,7 @@ class LabelFields:
     remixer: bool = False  # reweight the mixing layers by patch labels (ReMixer); for REMIXABLE models
     labels: str = "auto"  # source of the patch labels, see `label_sources.label_maps`; "auto": the set's masks, or none where nothing uses them
     distance: str = "auto"  # between patch labels: "l1", "cosine", or "auto": cosine for labels from dense:..., l1 for all others
-    kappa_lr: float | None = None  # learning rate of ReMixer's kappa over that of the rest; None: KAPPA_LR of the scale
+    kappa_lr: float | None = None  # learning rate of ReMixer's kappa over that of the rest; None: from KAPPA_PEAK
     token_labels: bool = False  # TokenLabeling: a second head learns the patch labels, which are distributions over the classes
     token_weight: float = 0.5  # of the patches' part in TokenLabeling's loss: 0.5 in ReMixer's code, 1.0 in TokenLabeling's
 
@@ -209,16 +210,24 @@ def _check(config):
     check_labels(config)
 
 # %% ../nbs/10a_config.ipynb #bb71df1f
-KAPPA_LR = {"mini": 20.0, "small": 4.0, "paper": 1.0}  # scale -> kappa_lr, so that the sum of its learning rates is near the paper's
+KAPPA_PEAK = {"mini": 0.02, "small": 0.007}  # kappa's peak learning rate, for every model; at paper it is that of the rest
+
+# %% ../nbs/10a_config.ipynb #834165a9
+def kappa_factor(
+    config: TrainConfig,  # its scale, and whether it uses ReMixer
+    lr: float,  # peak learning rate of the rest
+) -> float:  # for `remixer.parameter_groups`
+    "kappa's learning rate over that of the rest: kappa reaches as far in a short schedule as in the paper's."
+    return round(KAPPA_PEAK[config.scale] / lr, 6) if config.remixer and config.scale in KAPPA_PEAK else 1.0
 
 # %% ../nbs/10a_config.ipynb #cfe48b88
 def labels_for(
     config: TrainConfig,  # with fields at "auto"
-) -> dict:  # labels, distance, kappa_lr
-    "What \"auto\" stands for: true masks, the distance that fits the labels (appendix B, ReMixer), kappa's rate."
+) -> dict[str, str]:  # labels, distance
+    "What \"auto\" stands for: true masks, and the distance that fits the labels (appendix B, ReMixer)."
     used = config.remixer or config.token_labels
     labels = config.labels if config.labels != "auto" else "mask" if used else "none"
-    return {"labels": labels, "distance": "cosine" if "dense:" in labels else "l1", "kappa_lr": KAPPA_LR[config.scale] if config.remixer else 1.0}
+    return {"labels": labels, "distance": "cosine" if "dense:" in labels else "l1"}
 
 # %% ../nbs/10a_config.ipynb #6b597569
 def train_config(
@@ -233,7 +242,7 @@ def train_config(
     recipe = recipe_for(config.model, config.scale, config.recipe)
     recipe["lr"] *= (config.batch_size or recipe["batch_size"]) / recipe["batch_size"]
     recipe["warmup_epochs"] = min(recipe["warmup_epochs"], (config.epochs or recipe["epochs"]) // 2)
-    recipe |= labels_for(config)
+    recipe |= labels_for(config) | {"kappa_lr": kappa_factor(config, config.lr or recipe["lr"])}
     config = dataclasses.replace(config, **{k: v for k, v in recipe.items() if k in ("labels", "distance") and getattr(config, k) == "auto" or getattr(config, k) is None})
     _check(config)
     return dataclasses.replace(config, **{k: float(getattr(config, k)) for k, hint in HINTS.items() if hint in (float, float | None)})
