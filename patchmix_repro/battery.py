@@ -20,13 +20,14 @@ import torch.nn as nn
 
 from . import store
 from .blocks import block_order, condition_logits, device_of, forward_pass, normalization, open_blocks, within_memory
-from .core import CheckpointError, InputError, choose, project_root
+from .core import CheckpointError, InputError, choose
 from .data import DATASETS, create_dataset
 from .evaluation import compare, first_batch_size, summary
 from .files import SPLITS
 from .filing import measure_battery, note_of
 from .imagenet9 import in9_table
 from .models import PRETRAINED
+from .networks import find_run, known_runs, load_model
 from .occluded import pccp, rod_map, score_rod
 from .occlusion import Clean
 from .parameters import run_folder_for
@@ -35,7 +36,6 @@ from .shards import synset_ids
 from .smd import battery
 from .squeezenet import load_squeezenet
 from .stats import holm, percent
-from .training import load_model
 
 # %% ../nbs/12b_battery.ipynb #0876faee
 SHIPPED = ("convnext_mini_original", "convnext_mini_patchmix")  # in results/checkpoints
@@ -54,14 +54,11 @@ def open_checkpoint(
     name: str,  # a folder with model.json, or a name below results/checkpoints or runs
 ) -> Network:
     "A network that `train` or `publish_checkpoint` wrote."
-    places = [Path(name).expanduser(), project_root() / "results" / "checkpoints" / name, project_root() / "runs" / name]
-    found = [place for place in places if (place / "model.json").is_file()]
-    if not found:
-        known = sorted(p.parent.name for place in places[1:] for p in place.parent.glob("*/model.json"))
-        choose("model", name, known)
-    model, card = load_model(found[0])
+    if (found := find_run(name)) is None:
+        choose("model", name, known_runs())
+    model, card = load_model(found)
     labels = card["config"].get("labels", "mask") if card["config"].get("remixer") else "none"
-    return Network(model, note_of(model, card, found[0].name), card["size"], tuple(card["classes"]), labels)
+    return Network(model, note_of(model, card, found.name), card["size"], tuple(card["classes"]), labels)
 
 # %% ../nbs/12b_battery.ipynb #774db155
 def open_pretrained(
