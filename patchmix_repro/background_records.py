@@ -16,9 +16,9 @@ from torch import Tensor
 from . import store
 from .background_challenge import background_table, evaluate_backgrounds
 from .backgrounds import VARIANTS, plan_backgrounds
-from .core import InputError, StoreError, stable_hash
+from .core import InputError, stable_hash
 from .files import FileSet, ImageSet
-from .filing import battery_id
+from .filing import battery_id, filed_images, filed_record
 from .parts import tensor_hash
 
 # %% ../nbs/12e_background_records.ipynb #fe154ba4
@@ -60,14 +60,9 @@ def filed_backgrounds(
     folder: str | Path,  # a store; need not exist
 ) -> pd.DataFrame | None:  # variant, fg_file, label, correct
     "The rows of an earlier record of the very same measurement; None if there is none."
-    name, hashes = battery_id(config), _hashes(dataset)
-    if not Path(folder).is_dir() or not (records := store.read(folder)).run_id.eq(name).any():
+    if filed_record("backgrounds", config, _hashes(dataset), folder) is None:
         return None
-    there = records[records.run_id.eq(name)].iloc[0]
-    if other := [key for key, value in hashes.items() if there.get(f"data.{key}") != value]:
-        raise StoreError(f"{name} is filed for other images of {', '.join(other)}. Restore the data, or give another folder.")
-    images = store.read_table(folder, "images", "backgrounds")
-    return _long(images[images.run_id.eq(name)][["fg_file", "label", *config["variants"]]].reset_index(drop=True))
+    return _long(filed_images("backgrounds", config, folder)[["fg_file", "label", *config["variants"]]])
 
 # %% ../nbs/12e_background_records.ipynb #e257be5e
 def file_backgrounds(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'recorded', 'kappa_table', 'tested', 'measure', 'training_record', 'publish_checkpoint', 'note_of',
-           'battery_config', 'battery_id', 'wide_images', 'long_rows', 'file_battery', 'filed', 'measure_battery']
+           'battery_config', 'battery_id', 'wide_images', 'long_rows', 'file_battery', 'filed_record', 'filed_images',
+           'filed', 'measure_battery']
 
 # %% ../nbs/12a_filing.ipynb #5409e68e
 import json
@@ -220,6 +221,32 @@ def file_battery(
                               tables={"conditions": table, "images": wide_images(rows)}, attachments=attachments)
     return store.append(record, folder)
 
+# %% ../nbs/12a_filing.ipynb #f22c0168
+def filed_record(
+    kind: str,  # of the record
+    config: dict,  # with data and name, see `battery_id`
+    hashes: dict[str, str],  # split -> hash of the manifest
+    folder: str | Path,  # a store; need not exist
+) -> pd.Series | None:
+    "An earlier record of the very same measurement; None if there is none."
+    name = battery_id(config)
+    if not Path(folder).is_dir() or not (records := store.read(folder)).run_id.eq(name).any():
+        return None
+    there = records[records.run_id.eq(name) & records["kind"].eq(kind)].iloc[0]
+    if other := [key for key, value in hashes.items() if there.get(f"data.{key}") != value]:
+        raise StoreError(f"{name} is filed for other images of {', '.join(other)}. Restore the data, or give another folder.")
+    return there
+
+# %% ../nbs/12a_filing.ipynb #9762553a
+def filed_images(
+    kind: str,  # of the record
+    config: dict,  # of the record
+    folder: str | Path,  # a store
+) -> pd.DataFrame:
+    "The rows of a record's images."
+    images = store.read_table(folder, "images", kind)
+    return images[images.run_id.eq(battery_id(config))].drop(columns="run_id").reset_index(drop=True)
+
 # %% ../nbs/12a_filing.ipynb #f39e91ca
 def filed(
     note: dict,  # from `note_of`
@@ -229,14 +256,10 @@ def filed(
     **asked,  # seed, limit, class_map, maps: as given to `evaluate`
 ) -> pd.DataFrame | None:  # condition, id, file, label, correct
     "The rows of an earlier record of the very same battery; None if there is none."
-    name = battery_id(battery_config(note, conditions, dataset, **asked))
-    if not Path(folder).is_dir() or not (records := store.read(folder)).run_id.eq(name).any():
+    config = battery_config(note, conditions, dataset, **asked)
+    if filed_record("battery", config, {dataset.split: dataset.manifest_hash}, folder) is None:
         return None
-    if (there := records.set_index("run_id")[f"data.{dataset.split}"][name]) != dataset.manifest_hash:
-        raise StoreError(f"{name} is filed for other images of {dataset.name} ({there[:8]}). Restore the data, or give another folder.")
-    images = store.read_table(folder, "images", "battery")
-    mine = images[images.run_id.eq(name)].drop(columns="run_id")
-    return long_rows(mine[["id", "file", "label", *(c.name for c in conditions)]]).reset_index(drop=True)
+    return long_rows(filed_images("battery", config, folder)[["id", "file", "label", *(c.name for c in conditions)]]).reset_index(drop=True)
 
 # %% ../nbs/12a_filing.ipynb #3aee720f
 def measure_battery(

@@ -19,7 +19,8 @@ from .core import InputError
 from .data import normalize
 from .files import ImageSet
 from .relevance import object_share, relevance
-from .shifted_records import file_variant, filed_images, filed_record, sampled_labels
+from .filing import filed_images, filed_record
+from .shifted_records import file_variant, sampled_labels
 from .stats import mean_interval, percent
 
 # %% ../nbs/13e_relevance_records.ipynb #c2ffbbc0
