@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from . import store
 from .blocks import block_order, condition_logits, device_of, forward_pass, normalization, open_blocks, within_memory
-from .core import CheckpointError, InputError, choose
+from .core import CheckpointError, InputError, choose, keep_memory
 from .data import DATASETS, create_dataset
 from .evaluation import compare, first_batch_size, summary
 from .files import SPLITS
@@ -174,6 +174,8 @@ def run_battery(
     data = {size: create_dataset(config.data, config.split, size, config.root) for size in {n.size for n in networks.values()}}
     maps = {name: class_map_of(network, data[network.size], config.root) for name, network in networks.items()}
     device, rows, tables = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, {}
+    if device.type == "cpu":
+        keep_memory()
     for name, network in networks.items():
         dataset, known = data[network.size], maps[name]
         chance = guessing(dataset, known)

@@ -21,7 +21,7 @@ import torch.nn as nn
 from . import store
 from .battery import Network, open_networks
 from .blocks import BLOCK, block_order, device_of, normalization
-from .core import InputError, choose, stable_hash
+from .core import InputError, choose, keep_memory, stable_hash
 from .data import create_dataset, normalize, to_float
 from .explaining import METHOD, Explained, OccludedBatch, explain_batch, explained_rows, occluded_batches, selectivity_rows
 from .filing import battery_id
@@ -89,6 +89,8 @@ def explain_sets(
     "c-RISE of the run's images under each of its sets, for each network."
     pool, found = block_order(len(dataset), config.seed)[0], {}
     options = {"contrast": None if config.contrast == "auto" else config.contrast, "num_masks": config.num_masks, "seed": config.seed, "progress": config.progress}
+    if not torch.cuda.is_available():
+        keep_memory()
     for name in names_in(config.set):
         (part,) = occluded_batches(dataset, pool[: config.images], SETS[name](config.seed), config.images, config.seed, pool)
         found |= {(name, network): explain_batch(model, part, **options) for network, (model, *_) in networks.items()}

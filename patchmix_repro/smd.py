@@ -49,7 +49,7 @@ def draw_layers(
 
     def draw(i):
         layers[i], masks[i, 0], *_ = occlude(black, plan(int(ids[i]), frame), occluders)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(1 if max(frame) < 112 else None) as pool:
         list(pool.map(draw, range(len(ids))))
     return torch.from_numpy(layers).permute(0, 3, 1, 2), torch.from_numpy(masks)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_saliency_speed import seconds
 
-from patchmix_repro.core import project_root
+from patchmix_repro.core import keep_memory, project_root
 from patchmix_repro.data import create_dataset, normalize
 from patchmix_repro.evaluation import BATCH, evaluate
 from patchmix_repro.smd import battery
@@ -30,7 +30,9 @@ def bare(model, images, batch_size, rounds):
 
 
 def test_battery(benchmark, device, tmp_path, n=256, rounds=5):
-    "Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time."
+    "Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time; both sides keep the memory they free."
+    if device.type == "cpu":
+        keep_memory()
     model, _ = load_model(project_root() / "results" / "checkpoints" / "convnext_mini_patchmix")
     model, dataset, conditions, batch_size = model.to(device), create_dataset("shapes9", "test", 56), battery("paper"), BATCH[device.type]
     ready = normalize(dataset.images[:n].to(device)).contiguous(memory_format=torch.channels_last)
