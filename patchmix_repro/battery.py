@@ -48,6 +48,7 @@ class Network(NamedTuple):
     size: int  # image side that it takes, px
     classes: tuple[str, ...] | None  # their names; None: not known
     labels: str = "none"  # source of the patch labels that a remixed network was trained with
+    labeler: str | None = None  # what made them, from `labeler_note`; None: not known
 
 # %% ../nbs/12b_battery.ipynb #34bceea3
 def open_checkpoint(
@@ -58,7 +59,7 @@ def open_checkpoint(
         choose("model", name, known_runs())
     model, card = load_model(found)
     labels = card["config"].get("labels", "mask") if card["config"].get("remixer") else "none"
-    return Network(model, note_of(model, card, found.name), card["size"], tuple(card["classes"]), labels)
+    return Network(model, note_of(model, card, found.name), card["size"], tuple(card["classes"]), labels, card.get("labeler"))
 
 # %% ../nbs/12b_battery.ipynb #774db155
 def open_pretrained(

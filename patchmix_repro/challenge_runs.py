@@ -23,7 +23,7 @@ from .blocks import device_of
 from .core import InputError, choose
 from .data import DATASETS, create_dataset
 from .files import ImageSet
-from .label_sources import read_source
+from .label_sources import check_labeler, labeler_behind, read_source
 from .parameters import run_folder_for
 from .relevance_records import measure_relevance, share_interval
 from .shifted_records import SHIFTED, measure_labeller, measure_shifted, open_shifted
@@ -173,6 +173,8 @@ def run_challenge(
     opened, device = {size: kind.open(config, size) for size in {network.size for network in networks.values()}}, "cuda" if torch.cuda.is_available() else "cpu"
     labels, tables, lost = {name: source_for(network, config.labels) for name, network in networks.items()}, {}, []
     for name, network in networks.items():
+        if labels[name] == network.labels != "none":
+            check_labeler(labels[name], labeler_behind(labels[name], config.root), network.labeler)
         network.model.to(device)
         tables[name], skipped = kind.table(network, opened[network.size], config, labels[name], folder, progress)
         lost.append(skipped.assign(network=name))

@@ -18,10 +18,10 @@ import torch.nn as nn
 
 from . import store
 from .config import TrainConfig, identity, run_id
-from .core import CheckpointError, StoreError, atomic_write, project_root, stable_hash
+from .core import StoreError, atomic_write, project_root, stable_hash
 from .data import create_dataset
 from .evaluation import accuracy, correct_table, evaluate, image_rows, summary
-from .label_sources import label_maps, labeler_note, patch_labels_of
+from .label_sources import check_labeler, label_maps, labeler_note, patch_labels_of
 from .models import PRETRAINED, predict
 from .networks import load_model, write_model
 from .parts import tensor_hash, weights_hash
@@ -60,9 +60,7 @@ def tested(
     if not config.remixer:
         return evaluate(model, test, **how)
     labels = label_maps(config.labels, test, config.root, config.seed)
-    mine = labeler_note(labels)["labeler"]
-    if card.get("labeler", mine) != mine:
-        raise CheckpointError(f"labels {config.labels!r} are now made by {mine!r}, in training they were by {card['labeler']!r}. Restore the labeller, or train again.")
+    check_labeler(config.labels, labeler_note(labels)["labeler"], card.get("labeler"))
     return image_rows(predict(model, test, device=next(model.parameters()).device, labels=patch_labels_of(labels), **how), test)
 
 # %% ../nbs/12a_filing.ipynb #b80383b9

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SOURCES', 'NEEDS', 'classifier_labeler', 'WholePictures', 'whole_view', 'to_label', 'read_source',
-           'label_maps', 'patch_labels_of', 'run_labels', 'labeler_note']
+           'label_maps', 'patch_labels_of', 'run_labels', 'labeler_note', 'labeler_behind', 'check_labeler']
 
 # %% ../nbs/10f_label_sources.ipynb #f77ce364
 from collections.abc import Callable
@@ -193,3 +193,28 @@ def labeler_note(
 ) -> dict[str, str]:  # labeler: name and sha256; empty without labels
     "What made the labels, for the run's folder and the network's card."
     return {} if found is None else {"labeler": f"{found.labeler} {found.sha256}".strip()}
+
+# %% ../nbs/10f_label_sources.ipynb #a423615f
+def labeler_behind(
+    source: str,  # see `label_maps`
+    root: str | Path | None = None,  # the data folder, for saliency_net.npz and squeezenet
+) -> str | None:  # as in `labeler_note`; None: no network is behind it
+    "The network behind a source, without labelling anything."
+    word, rest = read_source(source)
+    if word in ("shuffled", "mean"):
+        inner = labeler_behind(rest, root)
+        return inner and f"{word}:{inner}"
+    if word not in NETWORKS:
+        return None
+    labeler = NETWORKS[word](rest, {"root": root, "sha256": None, "device": "cpu"})
+    return f"{labeler.name} {labeler.sha256}".strip()
+
+# %% ../nbs/10f_label_sources.ipynb #0abf5b2b
+def check_labeler(
+    source: str,  # see `label_maps`
+    now: str | None,  # from `labeler_behind` or `labeler_note`
+    then: str | None,  # of the network's card; None: not known
+):
+    "Refuse labels of another labeller than that of the training."
+    if now and then and now != then:
+        raise CheckpointError(f"labels {source!r} are now made by {now!r}, in training they were by {then!r}. Restore the labeller, or train again.")

@@ -22,7 +22,7 @@ from patchmix_repro.battery import Network, class_map_of, open_networks
 from patchmix_repro.blocks import block_order
 from patchmix_repro.challenge_runs import ChallengeConfig, challenge_table, run_challenge, source_for
 from patchmix_repro.config import train_config
-from patchmix_repro.core import DataError, InputError, StoreError
+from patchmix_repro.core import CheckpointError, DataError, InputError, StoreError
 from patchmix_repro.curves import draw_sheet, read_sheet
 from patchmix_repro.data import create_dataset, normalize
 from patchmix_repro.files import ImageSet
@@ -135,6 +135,18 @@ def test_only_a_remixed_network_takes_labels():
     for asked in ("auto", "mask", "none"):
         assert source_for(plain, asked) == "none"
     assert [source_for(plain._replace(labels="saliency"), asked) for asked in ("auto", "mask", "none")] == ["saliency", "mask", "none"]
+
+
+def test_a_network_is_not_measured_with_another_labeller_than_its_own(remixed_run, tmp_path, monkeypatch):
+    network, = open_networks(str(remixed_run), remixed=True).values()
+    source = "dense:convnext_mini_original"
+    other = network._replace(labels=source, labeler=f"{source} {'0' * 64}")
+    monkeypatch.setattr(cr, "open_networks", lambda *_, **__: {"remixed": other})
+    config = ChallengeConfig(variants="original", limit=8, out=str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"now made by '{source} .*in training they were by '{source} 0.*Restore the labeller"):
+        run_challenge(config)
+    assert not (tmp_path / "records").exists()
+    assert run_challenge(dataclasses.replace(config, labels="mask")).tables["remixed"].n.tolist() == [8], "labels that are asked for by name are another matter"
 
 
 # ---- classes ----
