@@ -1,4 +1,7 @@
 """Every sample once, rows that can be recounted, one record a run."""
+import dataclasses
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -88,21 +91,25 @@ def test_every_module_gets_its_own_mode_back():
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
-def test_a_torn_record_is_measured_again(tmp_path):
-    config = train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
-    run = train(config, progress=False)
-    rows = measure(run)
-    part, = (run.folder / "records").iterdir()
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    "A run of one step and its test images."
+    run = train(train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path_factory.mktemp("measured") / "run")), progress=False)
+    return run, measure(run)
+
+
+def test_a_torn_record_is_measured_again(measured, tmp_path):
+    run, rows = measured
+    torn = dataclasses.replace(run, folder=shutil.copytree(run.folder, tmp_path / "run"))
+    part, = (torn.folder / "records").iterdir()
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.warns(store.StoreWarning, match="torn"):
-        again = measure(run)
+        again = measure(torn)
     pd.testing.assert_frame_equal(rows, again, check_dtype=False)
 
 
-def test_the_record_of_a_run(tmp_path):
-    config = train_config(model="convmixer", max_steps=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
-    run = train(config, progress=False)
-    rows = measure(run)
+def test_the_record_of_a_run(measured):
+    run, rows = measured
     again = measure(run)
     assert len(list((run.folder / "records").iterdir())) == 1
     pd.testing.assert_frame_equal(rows, again, check_dtype=False)

@@ -8,13 +8,18 @@ import statistics
 
 import pytest
 import torch
-from test_saliency_speed import seconds
+from test_saliency_speed import NETWORKS, seconds
 
 from patchmix_repro.core import keep_memory, project_root
-from patchmix_repro.data import create_dataset, normalize
+from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset, normalize
 from patchmix_repro.evaluation import BATCH, evaluate
 from patchmix_repro.smd import battery
 from patchmix_repro.training import load_model
+
+CASES = {  # name -> network, side in px, images, rounds; at 56 px everything beside the network weighs most
+    "convnext_mini": (lambda: load_model(project_root() / "results" / "checkpoints" / "convnext_mini_patchmix")[0], 56, 256, 5),
+    **{name: (make, 224, 32, 3) for name, make in NETWORKS.items()},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,22 @@ def bare(model, images, batch_size, rounds):
             torch.cat([model(x) for x in images.split(batch_size)]).cpu()
 
 
-def test_battery(benchmark, device, tmp_path, n=256, rounds=5):
+@pytest.mark.parametrize("name", CASES)
+def test_battery(benchmark, device, tmp_path, name):
     "Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time; both sides keep the memory they free."
     if device.type == "cpu":
         keep_memory()
-    model, _ = load_model(project_root() / "results" / "checkpoints" / "convnext_mini_patchmix")
-    model, dataset, conditions, batch_size = model.to(device), create_dataset("shapes9", "test", 56), battery("paper"), BATCH[device.type]
+    make, side, n, rounds = CASES[name]
+    model, dataset, conditions, batch_size = make().to(device), create_dataset("shapes9", "test", side), battery("paper"), BATCH[device.type]
     ready = normalize(dataset.images[:n].to(device)).contiguous(memory_format=torch.channels_last)
-    evaluate(model, dataset, conditions[:1], limit=n), bare(model, ready, batch_size, 1)
-    times = [(seconds(lambda k=k: evaluate(model, dataset, conditions, limit=n, seed=k, out=tmp_path / str(k))), seconds(lambda: bare(model, ready, batch_size, len(conditions))))
+    outputs = model(ready[:1]).shape[1]
+    how = {"limit": n, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "class_map": torch.arange(outputs) % dataset.num_classes}
+    evaluate(model, dataset, conditions[:1], **how), bare(model, ready, batch_size, 1)
+    times = [(seconds(lambda k=k: evaluate(model, dataset, conditions, seed=k, out=tmp_path / str(k), **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions))))
              for k in range(rounds)]
     ratios = [forward / ours for ours, forward in times]
     benchmark.extra_info.update(
-        threads=torch.get_num_threads(), device=device.type, batch_size=batch_size, conditions=len(conditions), images=n,
+        threads=torch.get_num_threads(), device=device.type, batch_size=batch_size, conditions=len(conditions), images=n, side=side,
         images_per_s=n * len(conditions) / statistics.median(ours for ours, _ in times),
         over_a_bare_forward_pass=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
     )
