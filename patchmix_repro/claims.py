@@ -207,6 +207,7 @@ def _test(measured, claim):
     row |= {f"published {size}": value for size, value in published_difference(claim).items()}
     if len(first) and len(second):
         row |= {"first": first.mean(), "second": second.mean(), "difference": first.mean() - second.mean()}
+        row["spread"] = np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2) if min(len(first), len(second)) > 1 else np.nan
     if state in ("", "cannot be tested"):
         shift = {"more": 0.0, "less": 0.0, "no less": claim.margin, "same": -np.copysign(claim.margin, row["difference"])}[claim.expect]
         found = compare_seeds(first + shift, second)
@@ -229,10 +230,10 @@ def _verdict(row):
 def verdicts(
     measured: pd.DataFrame,  # model, mixing, train_seed, curve, x and the claims' columns
     claims: Sequence[Claim],  # of one page: Holm's family
-) -> pd.DataFrame:  # claim, published T, published S, first, second, difference, low, high, p, Holm p, seeds, verdict
+) -> pd.DataFrame:  # claim, published T, published S, first, second, difference, spread (over seeds), low, high, p, Holm p, seeds, verdict
     "Judge claims by the rule above."
     table = pd.DataFrame([_test(measured, claim) for claim in claims])
-    empty = ["published T", "published S", "first", "second", "difference", "low", "high", "way", "p_value", "p_same"]
+    empty = ["published T", "published S", "first", "second", "difference", "spread", "low", "high", "way", "p_value", "p_same"]
     table = table.reindex(columns=["claim", "seeds", "state", "expect", *empty])
     asked = table[["p_value", "p_same"]].where(table["state"].eq(""))
     adjusted = asked.to_numpy(float, copy=True).ravel()

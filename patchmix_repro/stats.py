@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'Comparison', 'Equivalence', 'wilson', 'mean_interval', 'percent', 'compare_paired', 'compare_images',
-           'compare_seeds', 'equivalence', 'holm']
+           'compare_seeds', 'equivalence', 'seeds_needed', 'holm']
 
 # %% ../nbs/02_stats.ipynb #9f5b8382
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import t, ttest_1samp, ttest_ind
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestIndPower
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.weightstats import ttost_ind
 
@@ -185,6 +186,35 @@ def equivalence(
     p_value = ttost_ind(a, b, -margin, margin, usevar="unequal")[0]
     estimate, low, high, *_ = compare_seeds(a, b, 1 - 2 * alpha)
     return Equivalence(estimate, low, high, float(p_value), bool(p_value < alpha))
+
+# %% ../nbs/02_stats.ipynb #78751d22
+def _power(n, spread, difference, same, alpha):
+    if not same:
+        return TTestIndPower().power(min(difference / spread, 20), n, alpha)  # 20: two seeds are enough
+    reach = difference / (spread * (2 / n) ** 0.5) - t.ppf(1 - alpha, 2 * n - 2)
+    return max(2 * t.cdf(reach, 2 * n - 2) - 1, 0.0)
+
+# %% ../nbs/02_stats.ipynb #005bcd7d
+def seeds_needed(
+    spread: float,  # standard deviation over the seeds of a recipe, both recipes alike
+    difference: float,  # that is to be seen; or the margin
+    same: bool = False,  # two one-sided tests within the margin, where there is no difference
+    power: float = 0.8,  # chance that it is seen, or shown to be the same
+    alpha: float = 0.05,  # of the test
+    most: int = 1000,  # seeds
+) -> int | None:  # seeds of each recipe, from 2; None: more than `most`
+    "Seeds for which `compare_seeds` or `equivalence` decides."
+    if not (0 < spread < np.inf and 0 < abs(difference) < np.inf):
+        raise InputError(f"spread {spread} and difference {difference} ask for no number of seeds. Give numbers other than 0; the spread above it.")
+    if not (0 < alpha < power < 1):
+        raise InputError(f"power {power} with alpha {alpha} is no plan. Give 0 < alpha < power < 1.")
+    enough = lambda n: _power(n, spread, abs(difference), same, alpha) >= power
+    low, high = 1, 2
+    while high <= most and not enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        low, high = (low, middle) if enough(middle := (low + high) // 2) else (middle, high)
+    return high if high <= most else None
 
 # %% ../nbs/02_stats.ipynb #c80fb274
 def holm(

@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 
 from patchmix_repro import stats
 from patchmix_repro.core import InputError
+from patchmix_repro.stats import equivalence, seeds_needed
 
 Z = 1.959963984540054
 SEEDS = st.lists(st.floats(0, 1).map(lambda x: round(x, 4)), min_size=2, max_size=6)
@@ -329,3 +330,28 @@ def test_mcnemar_and_tost_keep_their_level():
     assert np.mean(np.array(same) < 0.05) < 0.06
     edge = [stats.equivalence(rng.normal(0, 1, 5), rng.normal(2, 1, 5), 2).equivalent for _ in range(1500)]
     assert 0.025 < np.mean(edge) < 0.065
+
+
+@given(st.floats(1e-4, 1e3), st.floats(1e-4, 1e3), st.booleans())
+def test_a_larger_difference_never_needs_more_seeds(spread, difference, same):
+    n, fewer = (seeds_needed(spread, k * difference, same) for k in (1, 2))
+    assert n is None or 2 <= fewer <= n <= 1000
+    assert seeds_needed(spread, -difference, same) == n and seeds_needed(2 * spread, 2 * difference, same) == n
+
+
+@pytest.mark.parametrize("effect, n", [(0.2, 394), (0.5, 64), (0.8, 26)])
+def test_seeds_needed_against_cohens_table(effect, n):
+    "Cohen 1988, table 2.4.1: n a group for power 0.80 at a two-sided 5 %; he rounds to 393."
+    assert abs(seeds_needed(1, effect) - n) <= 1
+
+
+def test_seeds_needed_to_show_the_same_by_trial():
+    rng, n = np.random.default_rng(3), seeds_needed(1, 0.7, same=True)
+    shares = [np.mean([equivalence(*rng.normal(size=(2, k)), 0.7).equivalent for _ in range(3000)]) for k in (n - 3, n, n + 3)]
+    assert shares[0] < shares[1] < shares[2] and 0.77 < shares[1] < 0.86
+
+
+@pytest.mark.parametrize("wrong", [dict(spread=0), dict(difference=0), dict(spread=float("nan")), dict(difference=float("inf")), dict(power=0.01), dict(power=1), dict(alpha=0)])
+def test_no_plan_is_refused(wrong):
+    with pytest.raises(InputError, match="Give"):
+        seeds_needed(**({"spread": 1, "difference": 1} | wrong))
