@@ -181,14 +181,17 @@ def condition_logits(
     block: Block,  # from `open_block`, where the model lies
     condition: Callable,  # (images, ids, maps) -> images
     batch_size: int,  # images a forward pass
+    workers: int = 0,  # processes that draw what a condition can draw ahead
 ) -> torch.Tensor:  # float32 n k, on the CPU
     "The network's answers to a block under one condition."
+    drawn = condition.ahead(block.ids, tuple(block.images.shape[2:]), workers) if hasattr(condition, "ahead") else {}
     found = []
     for start in range(0, len(block.ids), batch_size):
         part = slice(start, start + batch_size)
         maps = {name: block.maps[name][part].float() for name in condition.needs if name != "donor"}
         if "donor" in condition.needs:
             maps["donor"] = to_float(block.donors[part])
+        maps |= {name: value[part].to(block.images.device) for name, value in drawn.items()}
         found.append(forward(condition(to_float(block.images[part]), block.ids[part], maps)))
     return torch.cat(found).cpu()
 

@@ -130,7 +130,7 @@ def evaluate(
     out: str | Path | None = None,  # folder for finished conditions of each block, at most 20 s behind: a second call goes on from there
     seed: int = 0,  # of the order and the donors
     limit: int | None = None,  # a keyed sample of at most so many images; None: all
-    workers: int = 4,  # decoding processes of streamed sets
+    workers: int = 4,  # processes that decode streamed sets, and as many as there are threads that draw cut-outs
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # condition, id, file, label, prediction, correct, correct5, probability; the first two only with conditions
     "What the model says about every image under every condition, each exactly once."
@@ -141,14 +141,14 @@ def evaluate(
     blocks = block_order(len(dataset), seed, limit)
     blocks = list(torch.cat(blocks).sort().values.split(BLOCK)) if plain else blocks
     parts = Parts(out, part_key(model, dataset, mean, std, class_map, dtype, seed) if out else {}, fingerprints(asked, maps))
-    forward, todo = forward_pass(model, mean, std, device, dtype), parts.todo(blocks, asked)
+    forward, todo, hands = forward_pass(model, mean, std, device, dtype), parts.todo(blocks, asked), min(workers, torch.get_num_threads())
     total = sum(len(ids) * len(lacking) for ids, lacking in todo)
     with in_eval_mode(model), tqdm(total=total, desc=dataset.name, disable=not progress) as bar:
         for block, lacking in open_blocks(dataset, todo, maps, seed, workers):
             block = block.to(device)
             with Filing(parts, block.ids) as filing:
                 for condition in lacking:
-                    logits, size = within_memory(partial(condition_logits, forward, block, condition), size, batch_size == "auto")
+                    logits, size = within_memory(partial(condition_logits, forward, block, condition, workers=hands), size, batch_size == "auto")
                     filing.add(condition.name, image_rows(logits, dataset, block.ids, class_map, condition.name).assign(id=block.ids.numpy()))
                     bar.update(len(block.ids))
     rows = parts.frame(blocks)[[*ROWS]]

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from patchmix_repro import store
 from patchmix_repro.config import train_config
 from patchmix_repro.core import InputError, NonFiniteError
-from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset, normalize
+from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset, normalize, to_float
 from patchmix_repro.evaluation import accuracy, evaluate, image_rows, in_eval_mode
 from patchmix_repro.filing import measure
 from patchmix_repro.models import create_model
+from patchmix_repro.occlusion import Clean
+from patchmix_repro.smd import Paste
 from patchmix_repro.training import train
 
 
@@ -119,3 +121,36 @@ def test_the_record_of_a_run(measured):
     assert record["metrics.test_top1"] == pytest.approx(rows.correct.mean()) and record["config.model"] == "convmixer"
     assert record["provenance"]["modules"]["patchmix_repro.training"] and store.verify(run.folder / "records").empty
     assert store.read_table(run.folder / "records", "history").val_accuracy.iloc[-1] == run.history.val_accuracy.iloc[-1]
+
+
+def test_cut_outs_are_the_same_from_one_process_and_from_two():
+    "And the caller's own random numbers stay what they were."
+    paste, ids = Paste(area=0.3), torch.arange(40)
+    torch.manual_seed(5)
+    one, after = paste.ahead(ids, (56, 56)), torch.rand(3)
+    torch.manual_seed(5)
+    two = paste.ahead(ids, (56, 56), workers=2)
+    assert torch.equal(torch.rand(3), after) and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    images = torch.rand(40, 3, 56, 56)
+    assert torch.equal(paste(images, ids, two), paste(images, ids))
+
+
+def test_evaluate_draws_ahead_for_the_whole_block(monkeypatch):
+    dataset, seen, shown = create_dataset("shapes9", "val", 56), [], []
+
+    class Spy(torch.nn.Module):
+        pretrained_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+        def forward(self, x):
+            shown.append(x)
+            return torch.zeros(len(x), 9)
+
+    ahead = Paste.ahead
+    monkeypatch.setattr(Paste, "ahead", lambda self, ids, frame, workers=0: seen.append((len(ids), workers)) or ahead(self, ids, frame, workers))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    rows = evaluate(Spy(), dataset, (Clean(), Paste()), limit=40, batch_size=16)
+    assert seen == [(40, 2)]
+    order = torch.tensor(rows[rows.condition.ne("clean")]["id"].tolist())
+    pictures = torch.cat(shown)[40:]
+    expected = Paste()(to_float(dataset.images[order]), order)
+    assert sorted(pictures.double().sum((1, 2, 3)).tolist()) == pytest.approx(sorted(expected.double().sum((1, 2, 3)).tolist()))
