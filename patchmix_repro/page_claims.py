@@ -6,14 +6,14 @@
 __all__ = ['KEPT', 'CLEAN', 'SELECTIVE', 'PAGE_CLAIMS', 'unchanged', 'ahead', 'gains', 'original_claims', 'replacement_claims',
            'permutation_claims', 'drop_claims', 'accuracy_claims', 'selectivity_claims']
 
-# %% ../nbs/14f_page_claims.ipynb #64d72829
+# %% ../nbs/14f_page_claims.ipynb #c8d45629
 from .claims import Claim
 from .ledger import FAMILY
 
-# %% ../nbs/14f_page_claims.ipynb #d665899f
+# %% ../nbs/14f_page_claims.ipynb #18f103f3
 KEPT, CLEAN, SELECTIVE = 0.05, 0.01, 0.02
 
-# %% ../nbs/14f_page_claims.ipynb #a8c9e608
+# %% ../nbs/14f_page_claims.ipynb #d804ede5
 def unchanged(
     model: str,  # such as "swin"
     what: str,  # of the sentence: "{} within 0.05 at 50 % (14 x 14)"
@@ -25,7 +25,7 @@ def unchanged(
     "Patch Mixing leaves a network as it is, within the margin."
     return Claim(f"Patch Mixing leaves {what.format(FAMILY[model])}", (model, "switch"), (model, "timm"), curve, x, expect="same", value=value, margin=margin)
 
-# %% ../nbs/14f_page_claims.ipynb #ad4a3ae6
+# %% ../nbs/14f_page_claims.ipynb #38d421cc
 def ahead(
     model: str,  # such as "swin"
     where: str,  # of the sentence: "at 50 % (14 x 14)"
@@ -35,17 +35,17 @@ def ahead(
     "An original transformer keeps more than the original ConvNeXt."
     return Claim(f"Original {FAMILY[model]} keeps more than original ConvNeXt {where}", (model, "timm"), ("convnext", "timm"), curve, x)
 
-# %% ../nbs/14f_page_claims.ipynb #abeba1e0
+# %% ../nbs/14f_page_claims.ipynb #c2d98a0b
 def gains(
     what: str,  # the sentence
     curve: str,  # as `claims.curve_of` names it, or a set of selectivity
     x: float | None = None,  # place on the curve; None: the mean along it
-    **options,  # beyond, value: see `Claim`
+    **options,  # beyond, value, margin: see `Claim`
 ) -> Claim:
     "ConvNeXt has more with Patch Mixing than without."
     return Claim(what, ("convnext", "switch"), ("convnext", "timm"), curve, x, **options)
 
-# %% ../nbs/14f_page_claims.ipynb #7c081f55
+# %% ../nbs/14f_page_claims.ipynb #8508fd2a
 def original_claims() -> list[Claim]:
     "Transformers tolerate replaced patches better than ConvNeXt, the more the more is replaced."
     places = ("replacement-14", "at 50 % (14 x 14)"), ("replacement-7", "at 50 % (7 x 7)")
@@ -53,7 +53,7 @@ def original_claims() -> list[Claim]:
     fine, coarse = [[ahead(model, where, curve, 50) for model in ("swin", "deit")] for curve, where in places]
     return fine + widens + coarse
 
-# %% ../nbs/14f_page_claims.ipynb #d535866d
+# %% ../nbs/14f_page_claims.ipynb #3109d814
 def replacement_claims() -> list[Claim]:
     "Patch Mixing gives ConvNeXt what transformers have, and leaves those as they are."
     grids = ("replacement-14", "(14 x 14)"), ("replacement-7", "(7 x 7)")
@@ -61,14 +61,14 @@ def replacement_claims() -> list[Claim]:
     grows = [gains(f"ConvNeXt's gain grows from 10 to 50 % {grid}", curve, 50, beyond=10) for curve, grid in grids]
     return keeps + grows + [unchanged(model, f"{{}} within {KEPT} at 50 % {grid}", curve, 50) for curve, grid in grids for model in ("swin", "deit")]
 
-# %% ../nbs/14f_page_claims.ipynb #b71b4249
+# %% ../nbs/14f_page_claims.ipynb #9f80ff72
 def permutation_claims() -> list[Claim]:
     "The same for shuffled cells."
     keeps = [gains("Patch Mixing: ConvNeXt keeps more of 196 shuffled cells", "permutation", 196), gains("ConvNeXt's gain grows from 4 to 196 cells", "permutation", 196, beyond=4)]
     same = [unchanged(model, f"{{}} within {KEPT} at 196 cells", "permutation", 196) for model in ("swin", "deit")]
     return keeps + same + [ahead(model, "at 196 cells", "permutation", 196) for model in ("swin", "deit")]
 
-# %% ../nbs/14f_page_claims.ipynb #067ab5fe
+# %% ../nbs/14f_page_claims.ipynb #deeec90f
 def drop_claims() -> list[Claim]:
     "The same for black patches; with Patch Mixing, ConvNeXt passes Swin."
     keeps = [gains("Patch Mixing: ConvNeXt keeps more at 80 %", "drop-14", 80), gains("ConvNeXt's gain grows from 20 to 80 %", "drop-14", 80, beyond=20)]
@@ -76,7 +76,7 @@ def drop_claims() -> list[Claim]:
     passes = Claim("with Patch Mixing, ConvNeXt keeps more than Swin, mean of 20 to 80 %", ("convnext", "switch"), ("swin", "switch"), "drop-14")
     return keeps + same + [ahead(model, "at 80 %", "drop-14", 80) for model in ("swin", "deit")] + [passes]
 
-# %% ../nbs/14f_page_claims.ipynb #9ecb584a
+# %% ../nbs/14f_page_claims.ipynb #b69ee410
 def accuracy_claims() -> list[Claim]:
     "Patch Mixing costs nothing on clean images, and helps ConvNeXt alone under occluders."
     clean = [unchanged(model, f"the clean accuracy of {{}} within {CLEAN}", "replacement-14", 0, CLEAN, "accuracy") for model in FAMILY]
@@ -84,16 +84,16 @@ def accuracy_claims() -> list[Claim]:
     keeps = [gains(f"Patch Mixing: ConvNeXt keeps more {where}", curve) for curve, where in kinds]
     return clean + keeps + [unchanged(model, f"{{}} within {KEPT} {where}", curve) for curve, where in kinds for model in ("swin", "deit")]
 
-# %% ../nbs/14f_page_claims.ipynb #8e21b4d7
+# %% ../nbs/14f_page_claims.ipynb #f3188c32
 def selectivity_claims() -> list[Claim]:
     "With Patch Mixing, ConvNeXt looks past patches of another image as transformers do."
     sets = ("patch", "patches", "mass"), ("patch", "patches", "mean"), ("smd", "occluders", "mass")
-    makes = [gains(f"Patch Mixing makes ConvNeXt more selective ({what}, {reading})", name, value=reading) for name, what, reading in sets]
-    more = [Claim(f"Original {FAMILY[model]} is more selective than original ConvNeXt (patches, mass)", (model, "timm"), ("convnext", "timm"), "patch", value="mass") for model in ("swin", "deit")]
+    makes = [gains(f"Patch Mixing makes ConvNeXt more selective ({what}, {reading})", name, value=reading, margin=SELECTIVE) for name, what, reading in sets]
+    more = [Claim(f"Original {FAMILY[model]} is more selective than original ConvNeXt (patches, mass)", (model, "timm"), ("convnext", "timm"), "patch", value="mass", margin=SELECTIVE) for model in ("swin", "deit")]
     reaches = Claim(f"ConvNeXt with Patch Mixing is no less selective than original Swin, margin {SELECTIVE}", ("convnext", "switch"), ("swin", "timm"), "patch", value="mass", expect="no less", margin=SELECTIVE)
     return makes + more + [reaches] + [unchanged(model, f"the selectivity of {{}} within {SELECTIVE} (patches, mass)", "patch", margin=SELECTIVE, value="mass") for model in ("swin", "deit")]
 
-# %% ../nbs/14f_page_claims.ipynb #3c6e6580
+# %% ../nbs/14f_page_claims.ipynb #bdf3d04d
 PAGE_CLAIMS = {  # page below nbs/results -> its claims
     "originals": original_claims, "replacement": replacement_claims, "permutation": permutation_claims, "drop": drop_claims,
     "accuracies": accuracy_claims, "selectivity_table": selectivity_claims,

@@ -187,14 +187,14 @@ def equivalence(
     estimate, low, high, *_ = compare_seeds(a, b, 1 - 2 * alpha)
     return Equivalence(estimate, low, high, float(p_value), bool(p_value < alpha))
 
-# %% ../nbs/02_stats.ipynb #78751d22
+# %% ../nbs/02_stats.ipynb #2671746c
 def _power(n, spread, difference, same, alpha):
     if not same:
-        return TTestIndPower().power(min(difference / spread, 20), n, alpha)  # 20: two seeds are enough
+        return np.nan_to_num(TTestIndPower().power(difference / spread, n, alpha), nan=1.0)  # scipy gives NaN where the tail is below its precision
     reach = difference / (spread * (2 / n) ** 0.5) - t.ppf(1 - alpha, 2 * n - 2)
     return max(2 * t.cdf(reach, 2 * n - 2) - 1, 0.0)
 
-# %% ../nbs/02_stats.ipynb #005bcd7d
+# %% ../nbs/02_stats.ipynb #e14175a4
 def seeds_needed(
     spread: float,  # standard deviation over the seeds of a recipe, both recipes alike
     difference: float,  # that is to be seen; or the margin

@@ -1,0 +1,126 @@
+"The report card: one row a claim, the page's own verdict, and what would decide."
+import importlib.util
+import re
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import simulated
+import simulated_remixer as sim
+
+from patchmix_repro import report_card as rc
+from patchmix_repro import store
+from patchmix_repro.claims import load_battery, verdicts
+from patchmix_repro.config import train_config
+from patchmix_repro.core import InputError, project_root
+from patchmix_repro.page_claims import replacement_claims
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Both papers' records with numbers from formulas: Patch Mixing and ReMixer help by far."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "provenance", dict)
+        return sim.fill(simulated.fill(tmp_path_factory.mktemp("store")), range(4))
+
+
+@pytest.fixture(scope="module")
+def card(folder):
+    return rc.report_card(folder)
+
+
+def test_every_claim_once_and_every_page_in_its_order(card):
+    expected = [(page, claim.text) for page, asked in rc.PAGES.items() for claim in asked.claims()]
+    pages = [*rc.PAGES, "selectivity_robustness"]
+    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 165
+    mine = card[card.page.ne("selectivity_robustness") & ~card.reason.str.startswith("needs the files")]
+    assert [*zip(mine.page, mine.claim)] == expected
+
+
+def test_a_row_is_what_its_page_says(folder, card):
+    table = verdicts(load_battery(folder, "shapes9", "mini"), replacement_claims()).set_index("claim")
+    mine = card[card.page.eq("replacement")].set_index("claim")
+    assert mine.verdict.tolist() == [rc.VERDICTS[word][0] for word in table.verdict]
+    for name in ("difference", "low", "high"):
+        np.testing.assert_array_equal(mine[name].astype(float), table[name])
+    assert mine.published["Patch Mixing: ConvNeXt keeps more at 50 % (14 x 14)"] == pytest.approx(table["published T"].iloc[0]) and mine.images.eq(900).all()
+
+
+def test_known_effects_are_seen_and_known_opposites_contradicted(card):
+    words = card.set_index(["page", "claim"]).verdict
+    assert words["replacement", "Patch Mixing: ConvNeXt keeps more at 50 % (14 x 14)"] == "seen"  # losses 0.8 and 0.5
+    assert words["remixer_backgrounds", "DeiT remixer mask: Mixed-Rand higher than DeiT plain"] == "seen"  # 0.10 higher
+    assert words["permutation", "Patch Mixing leaves DeiT within 0.05 at 196 cells"] == "contradicted"  # 0.2 apart
+    assert words["remixer_shifted", "DeiT remixer mask: real_9 higher than DeiT plain"] == "not run"
+
+
+def test_an_empty_store_decides_nothing_and_says_what_to_run(tmp_path):
+    card = rc.report_card(tmp_path)
+    assert set(card.verdict) == {"not run", "not testable here"} and card.difference.isna().all()
+    lines = {line for command in card.command for line in command.splitlines()}
+    trainings = [line for line in lines if "nbs/train.ipynb" in line]
+    assert len(trainings) > 20
+    for line in trainings:  # the configuration accepts every one
+        given = dict(pair.split(" ", 1) for pair in re.findall(r"-p (\S+ \S+)", line))
+        train_config(**{key: int(value) if value.isdigit() else True if value == "True" else value for key, value in given.items()})
+
+
+def test_data_that_came_to_hand_are_no_longer_missing(tmp_path):
+    before = rc.not_at_hand(tmp_path)
+    store.append(simulated.published_set("convnext", "smd", 60, 100), tmp_path)
+    after = rc.not_at_hand(tmp_path)
+    assert len(before) == 4 and set(before.claim) - set(after.claim) == {"accuracies on the published SMD"}
+
+
+def test_one_seed_is_not_decided(tmp_path):
+    simulated.fill(tmp_path, [("convnext", "switch", 0), ("convnext", "timm", 0)])
+    row = rc.judge_page("replacement", tmp_path, "shapes9", "mini").iloc[0]
+    assert row.verdict == "not decided" and "two" in row.reason and np.isnan(row.low) and row.difference > 0 and row.command == ""
+
+
+def test_noise_alone_is_rarely_called_seen():
+    "Two recipes of one law, 3 seeds each, 400 cards of one page: a false word in at most 5 % of them, and the simulation's error."
+    claims, rng, wrong = replacement_claims()[:4], np.random.default_rng(5), 0
+    places = [(claim.curve, x) for claim in claims for x in {claim.x, claim.beyond} - {None}]
+    names = [(mixing, seed) for mixing in ("timm", "switch") for seed in range(3)]
+    rows = pd.DataFrame([("convnext", mixing, seed, curve, x) for mixing, seed in names for curve, x in dict.fromkeys(places)], columns=["model", "mixing", "train_seed", "curve", "x"])
+    for _ in range(400):
+        table = verdicts(rows.assign(kept=rng.normal(0.5, 0.02, len(rows)), accuracy=0.5), claims)
+        wrong += table.verdict.isin(["shown", "shown opposite"]).any()
+    assert wrong / 400 < 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+
+
+@pytest.mark.parametrize("low, high, published, words", [
+    (-0.03, 0.04, 0.2, ["excludes the published difference", "smaller than 0.05 either way"]),
+    (-0.2, 0.04, 0.02, []), (-0.2, 0.04, float("nan"), []), (0.01, 0.3, 0.2, ["5 % by itself, not after Holm's correction"]),
+])
+def test_what_an_interval_leaves(low, high, published, words):
+    assert rc.left_open(replacement_claims()[0], {"low": low, "high": high, "p_value": 0.04 if low > 0 else 0.5}, published) == words
+
+
+def test_the_figure_has_a_square_a_claim(card):
+    figure, counts = rc.card_figure({"shapes9, mini": card, "again": card[card.paper.eq("ReMixer")]})
+    assert counts.claims.sum() == len(card) + card.paper.eq("ReMixer").sum() == sum(len(axis.patches) for axis in figure.axes)
+    plt.close(figure)
+
+
+def test_the_table_has_words_for_everything(card):
+    table = rc.card_table(card)
+    assert len(table) == len(card) and not table.isin(["nan", "None", "+nan"]).any(axis=None) and table.notna().all(axis=None)
+
+
+def test_a_page_that_is_none_is_named():
+    with pytest.raises(InputError, match="did you mean 'replacement'"):
+        rc.judge_page("replacements", project_root() / "results", "shapes9", "mini")
+
+
+def test_the_home_page_says_what_the_records_say():
+    spec = importlib.util.spec_from_file_location("report", project_root() / ".ci" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    (start, text, end), = re.findall(r"(<!-- report card -->\n)(.*?)(<!-- end of the report card -->\n)", (project_root() / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert text == report.block(), "run python .ci/report.py"
