@@ -51,10 +51,10 @@ def _drawn(ids, frame, plan, occluders):
             list(pool.map(draw, range(len(ids))))
     return layers, masks
 
-# %% ../nbs/08a_smd.ipynb #243f52b2
+# %% ../nbs/08a_smd.ipynb #d6d921a1
 CHUNK = 16  # images that another process draws at a time
 
-# %% ../nbs/08a_smd.ipynb #aafeaaf0
+# %% ../nbs/08a_smd.ipynb #8281eccb
 class Drawing(Dataset):
     "The work of other processes: `drawing[k]` is what lies over the k-th chunk of images, as arrays."
 
@@ -71,12 +71,12 @@ class Drawing(Dataset):
     def __getitem__(self, k):
         return _drawn(self.chunks[k], *self.how)
 
-# %% ../nbs/08a_smd.ipynb #697dff4a
+# %% ../nbs/08a_smd.ipynb #c5f9abc2
 def _as_is(arrays):
     "Arrays travel through a pipe, tensors through shared memory, which may be short."
     return arrays
 
-# %% ../nbs/08a_smd.ipynb #e3ef7232
+# %% ../nbs/08a_smd.ipynb #4dbfcffe
 def draw_layers(
     ids: Tensor,  # int64 b
     frame: tuple[int, int],  # height and width, px
@@ -115,8 +115,7 @@ class Paste:
     rule: str = "keep"  # "keep": the aspect ratio stays; "published": it is squared, as in SMD's scripts
     seed: int = 0  # of the draw
 
-    kind, needs = "paste", ()
-    __post_init__ = check_paste
+    kind, needs, __post_init__ = "paste", (), check_paste
 
     @property
     def name(self) -> str:
@@ -144,8 +143,7 @@ class Paste:
         "Images behind cut-outs."
         check_batch(self, images, ids, maps)
         drawn = maps if maps and "layers" in maps else self.ahead(ids, images.shape[2:])
-        layers, masks = drawn["layers"], drawn["covered"]
-        return torch.where(masks.to(images.device), to_float(layers).to(images), images)
+        return torch.where(drawn["covered"].to(images.device), to_float(drawn["layers"]).to(images), images)
 
 # %% ../nbs/08a_smd.ipynb #a2c65a2b
 CONDITIONS[Paste.kind] = Paste
