@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'SOURCES', 'IN_DOMAIN', 'RULES', 'Occluders', 'fingerprint', 'read_occluder', 'kind_of', 'load_occluders',
-           'resize_occluder', 'rotate_occluder', 'harden', 'cover', 'check_picture', 'paste']
+           'scaled_size', 'resize_occluder', 'check_angle', 'rotate_occluder', 'harden', 'cover', 'check_picture',
+           'paste']
 
 # %% ../nbs/07a_occluders.ipynb #d367faaf
 import hashlib
@@ -120,19 +121,38 @@ def _pillow(array, change):
     changed = np.array(change(Image.fromarray(array if array.shape[2] == 4 else array[..., 0])))
     return changed.reshape(*changed.shape[:2], array.shape[2])
 
+# %% ../nbs/07a_occluders.ipynb #edc4364d
+def scaled_size(
+    w: int,  # px
+    h: int,  # px
+    opaque: int,  # pixels with alpha > 0
+    area: float,  # how many there should be
+    rule: str = "keep",  # "keep": the aspect ratio stays; "published": it is squared, as in SMD's scripts
+) -> tuple[int, int]:  # width and height, px
+    "The size at which a cut-out has its target area."
+    scale = area / opaque
+    aspect = {"keep": 1.0, "published": w / h}[choose("rule", rule, RULES)]
+    width = max(round(w * math.sqrt(scale * aspect)), 1)
+    return width, max(round(scale * w * h / width), 1)
+
 # %% ../nbs/07a_occluders.ipynb #200f42cc
 def resize_occluder(
     rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
     area: float,  # pixels with alpha > 0 that the result should have
-    rule: str = "keep",  # "keep": the aspect ratio stays; "published": it is squared, as in SMD's scripts
+    rule: str = "keep",  # one of RULES, see `scaled_size`
 ) -> np.ndarray:  # uint8 h w 4 or h w 1
     "A cut-out at its target area, by Lanczos on premultiplied colours."
     h, w = rgba.shape[:2]
-    scale = area / np.count_nonzero(rgba[..., -1])
-    aspect = {"keep": 1.0, "published": w / h}[choose("rule", rule, RULES)]
-    width = max(round(w * math.sqrt(scale * aspect)), 1)
-    height = max(round(scale * w * h / width), 1)
-    return _pillow(rgba, lambda image: image.resize((width, height), Image.Resampling.LANCZOS))
+    size = scaled_size(w, h, np.count_nonzero(rgba[..., -1]), area, rule)
+    return _pillow(rgba, lambda image: image.resize(size, Image.Resampling.LANCZOS))
+
+# %% ../nbs/07a_occluders.ipynb #55e9e909
+def check_angle(
+    angle: float,  # degrees
+):
+    "Refuse what turns nothing."
+    if not (isinstance(angle, Real) and math.isfinite(angle)):
+        raise InputError(f"angle {angle!r} turns nothing. Give degrees, a finite number.")
 
 # %% ../nbs/07a_occluders.ipynb #254ccaa3
 def rotate_occluder(
@@ -140,8 +160,7 @@ def rotate_occluder(
     angle: float,  # degrees, counter-clockwise
 ) -> np.ndarray:  # uint8 h w 4 or h w 1, trimmed
     "A cut-out turned about its centre, on an expanded canvas."
-    if not (isinstance(angle, Real) and math.isfinite(angle)):
-        raise InputError(f"angle {angle!r} turns nothing. Give degrees, a finite number.")
+    check_angle(angle)
     return trim(_pillow(rgba, lambda image: image.rotate(angle, Image.Resampling.BICUBIC, expand=True)))
 
 # %% ../nbs/07a_occluders.ipynb #7e8fe6ff
@@ -149,9 +168,12 @@ def harden(
     rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
 ) -> np.ndarray:  # uint8 h w 4 or h w 1, alpha 0 or 255, trimmed
     "Cut alpha at 50 %: what is half there is there."
-    hard = rgba.copy()
-    hard[..., -1] = np.where(rgba[..., -1] >= 128, 255, 0)
-    return trim(hard)
+    inside = rgba[..., -1] >= 128
+    rows, columns = (inside.any(axis).nonzero()[0] for axis in (1, 0))
+    box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else (slice(0), slice(0))
+    hard = rgba[box].copy()
+    hard[..., -1] = inside[box] * np.uint8(255)
+    return hard
 
 # %% ../nbs/07a_occluders.ipynb #e36eec6f
 def _overlap(corner, extent, frame):

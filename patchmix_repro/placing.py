@@ -14,9 +14,11 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from .core import InputError, choose
-from .occluders import RULES, Occluders, check_picture, cover, harden, kind_of, paste, resize_occluder, rotate_occluder
+from .cutouts import trim
+from .occluders import RULES, Occluders, check_angle, check_picture, cover, harden, kind_of, paste, scaled_size
 from .parameters import fits
 from .places import dice
 
@@ -32,11 +34,23 @@ class Piece(NamedTuple):
     rule: str = "keep"  # one of RULES
     edge: str = "hard"  # "hard" or "soft"
 
+# %% ../nbs/07b_placing.ipynb #81d6e62c
+@lru_cache(maxsize=128)
+def _source(occluders, file):
+    "A cut-out as Pillow resizes it, alpha alone or premultiplied, and its opaque pixels."
+    rgba = occluders.image(file)
+    image = Image.fromarray(rgba) if rgba.shape[2] == 4 else Image.fromarray(rgba[..., 0])
+    return image.convert("RGBa") if rgba.shape[2] == 4 else image, np.count_nonzero(rgba[..., -1])
+
 # %% ../nbs/07b_placing.ipynb #8f0b5562
 @lru_cache(maxsize=128)
 def _cut_out(occluders, file, area, angle, rule, edge):
-    soft = rotate_occluder(resize_occluder(occluders.image(file), area, rule), angle)
-    return {"hard": harden, "soft": np.asarray}[choose("edge", edge, ("hard", "soft"))](soft)
+    check_angle(angle)
+    image, opaque = _source(occluders, file)
+    small = image.resize(scaled_size(*image.size, opaque, area, rule), Image.Resampling.LANCZOS)
+    turned = (small.convert("RGBA") if small.mode == "RGBa" else small).rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    soft = np.array(turned).reshape(turned.height, turned.width, -1)
+    return {"hard": harden, "soft": trim}[choose("edge", edge, ("hard", "soft"))](soft)
 
 # %% ../nbs/07b_placing.ipynb #3af04da0
 def cut_out(
