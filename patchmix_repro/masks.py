@@ -145,7 +145,7 @@ class Sums:
         if not self.n:
             self.shape, self.sums = (*scores.shape[1:], *masks.shape[1:]), [0.0] * 6
             self.first = scores.mean(0) if self.centred else 0.0
-        v, flat = (scores - self.first).flatten(1).T.float(), masks.flatten(1) - self.centre
+        v, flat = (scores - self.first).flatten(1).T.float(), masks.flatten(1) - self.centre if self.centre else masks.flatten(1)
         square = flat.square()
         more = [v @ square, flat.sum(0), square.sum(0), v.sum(1, keepdim=True)] if self.centred else []
         self.sums = [old + new.double() for old, new in zip(self.sums, [v @ flat, v.square() @ square, *more], strict=False)]

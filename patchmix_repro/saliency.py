@@ -202,6 +202,7 @@ def look(
                 raise NonFiniteError(f"scores are NaN or infinite within masks {start} to {start + len(masks) - 1}. Check the weights, or use float32: dtype=None.")
             bar.update(len(masks))
             yield scores, masks
+            del masks, logits, scores  # before the next block needs its memory
 
 # %% ../nbs/13_saliency.ipynb #4458a655
 def explain(
@@ -216,6 +217,7 @@ def explain(
     for scores, masks in look(model, x, read, draw, masking):
         sums.add(scores, masks) if streams else kept.append(scores)
         seen += len(scores)
+        del scores, masks
         if seen == masking.num_masks or masking.tolerance and seen >= due:
             found, due = sums.found() if streams else average(torch.cat(kept), draw, masking.keep, masking.method), seen * 5 // 4
             if masking.tolerance and found.stderr.max() < masking.tolerance:

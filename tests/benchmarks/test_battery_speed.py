@@ -18,7 +18,8 @@ from patchmix_repro.training import load_model
 
 CASES = {  # name -> network, side in px, images, rounds; at 56 px everything beside the network weighs most
     "convnext_mini": (lambda: load_model(project_root() / "results" / "checkpoints" / "convnext_mini_patchmix")[0], 56, 512, 3),
-    **{name: (make, 224, 96, 3) for name, make in NETWORKS.items()},
+    "squeezenet1_0": (NETWORKS["squeezenet1_0"], 224, 96, 3),
+    "convnext_tiny": (NETWORKS["convnext_tiny"], 224, 32, 2),
 }
 
 
