@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'RULE', 'curve_of', 'networks_of', 'rows_of', 'load_battery'
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,7 @@ def _blind(measured, claim):
     return not _at(measured[recipes], claim, claim.x)["discriminates"].astype(bool).any()
 
 # %% ../nbs/14a_claims.ipynb #b8c022e6
+@lru_cache
 def published_difference(
     claim: Claim,  # with its recipes, curve and place
 ) -> dict[str, float]:  # size, "T" or "S" -> first minus second; empty where nothing is published
