@@ -168,12 +168,9 @@ def harden(
     rgba: np.ndarray,  # uint8 h w 4, or h w 1: alpha alone
 ) -> np.ndarray:  # uint8 h w 4 or h w 1, alpha 0 or 255, trimmed
     "Cut alpha at 50 %: what is half there is there."
-    inside = rgba[..., -1] >= 128
-    rows, columns = (inside.any(axis).nonzero()[0] for axis in (1, 0))
-    box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if len(rows) else (slice(0), slice(0))
-    hard = rgba[box].copy()
-    hard[..., -1] = inside[box] * np.uint8(255)
-    return hard
+    hard = rgba.copy()
+    hard[..., -1] = np.where(rgba[..., -1] >= 128, 255, 0)
+    return trim(hard)
 
 # %% ../nbs/07a_occluders.ipynb #e36eec6f
 def _overlap(corner, extent, frame):
