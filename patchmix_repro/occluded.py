@@ -76,7 +76,7 @@ def smd_info(
 ) -> pd.DataFrame:  # its other columns as info_..., in the order of `names`
     "What SMD's CSV says about each picture."
     info = pd.read_csv(path)
-    keys = {column: info[column].fillna("").astype(str).map(_stem) for column in info}
+    keys = {column: info[column].astype("string").fillna("").map(_stem) for column in info}
     found = [column for column in keys if set(names) <= set(keys[column])]
     if not found:
         raise DataError(f"{path.name}: none of its columns {list(info)} names all {len(names)} pictures, {names.iloc[0]} among them. Fetch it again, or pass info=False.")

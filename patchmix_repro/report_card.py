@@ -259,6 +259,7 @@ def card_figure(
 def in_short(
     cards: dict[str, pd.DataFrame],  # "shapes9, mini" -> from `report_card`
     base: str = "nbs/results/",  # of the links
+    end: str = ".ipynb",  # of the links
 ) -> str:  # Markdown
     "Counts, and what is decided with its interval, for the home page."
     lines = ["| data, scale | paper | " + " | ".join(WORDS) + " |", "|---|---|" + "---|" * len(WORDS)]
@@ -267,5 +268,5 @@ def in_short(
     for title, card in cards.items():
         decided = card[card["verdict"].isin(["seen", "contradicted"])]
         lines += ["", f"Decided on {title} (difference and its 95 % interval):" if len(decided) else f"Decided on {title}: nothing.", ""]
-        lines += [f"- *{row.verdict}*: {row.claim}, {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{'; ' * bool(row.reason)}{row.reason} ([page]({base}{row.page}.ipynb))" for row in decided.itertuples()]
+        lines += [f"- *{row.verdict}*: {row.claim}, {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{'; ' * bool(row.reason)}{row.reason} ([page]({base}{row.page}{end}))" for row in decided.itertuples()]
     return "\n".join(lines).strip() + "\n"

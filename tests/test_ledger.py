@@ -6,8 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchmix_repro import ledger
+from patchmix_repro.backgrounds import VARIANTS
 from patchmix_repro.core import InputError
+from patchmix_repro.data import DATASETS
 from patchmix_repro.ledger import CURVES, curve, network, published
+from patchmix_repro.models import MODELS
+from patchmix_repro.remixer_claims import paper_value
+from patchmix_repro.smd import battery
 
 PM = "Patch Mixing"
 NETWORKS = [f"{family}-{size} {training}" for family in ("ConvNeXt", "Swin") for size in "TS" for training in ("Original", PM)]
@@ -151,3 +156,43 @@ def test_the_frame_belongs_to_the_caller():
     rows["value"] = 0
     pd.testing.assert_frame_equal(published(PM).query("table == 'clean'").reset_index(drop=True), published(PM, "clean"))
     assert published(PM, "clean")["value"].min() == 81.2
+
+
+# the measurement that answers a number
+@pytest.mark.parametrize("paper, table, row, column, expected", [
+    (PM, "replacement-14", "Swin-S Patch Mixing", "30", ("swin_s", "switch", "imagenet", "replace-14-30", "accuracy")),
+    (PM, "replacement-7", "ConvNeXt-T Original", "0", ("convnext", "timm", "imagenet", "clean", "accuracy")),
+    (PM, "permutation", "Swin-T Original", "196", ("swin", "timm", "imagenet", "permute-196", "accuracy")),
+    (PM, "drop-14", "ConvNeXt-S Patch Mixing", "80", ("convnext_s", "switch", "imagenet", "drop-14-80-black-random", "accuracy")),
+    (PM, "accuracies", "Swin-T Patch Mixing", "SMD", ("swin", "switch", "smd", "clean", "accuracy")),
+    ("ReMixer", "1", "MLP-Mixer-S/16 + ReMixer (ReLabel)", "Only-BG-B gain", ("mixer", "remixer dense", "imagenet9", "only_bg_b", "gain")),
+    ("ReMixer", "1", "ConvMixer-512/8", "BG-Gap", ("convmixer", "plain", "imagenet9", "bg_gap", "accuracy")),
+    ("ReMixer", "2", "DeiT-S + ConViT + ReMixer (ReLabel)", "Mixed-Rand", ("convit", "remixer dense", "imagenet9", "mixed_rand", "accuracy")),
+    ("ReMixer", "3", "ConvMixer-512/8", "Layer 2/4", ("convmixer", "remixer mask", "imagenet9", "quarter 2", "kappa")),
+    ("ReMixer", "5", "DeiT-S + ReMixer (BigBiGAN)", "Sketch-9", ("deit", "remixer mask", "imagenet9", "sketch_9", "accuracy")),
+    ("ReMixer", "6", "DeiT-B", "TL + ReMixer gain", ("deit_b", "remixer dense tokens", "imagenet9", "original", "gain")),
+    ("ReMixer", "7", "ConvMixer-512/8-Full", "Original", ("convmixer_full", "plain", "imagenet9", "original", "accuracy")),
+])
+def test_a_number_names_what_answers_it(paper, table, row, column, expected):
+    rows = ledger.read()
+    found = rows[rows["paper"].eq(paper) & rows["table"].eq(table) & rows["row"].eq(row) & rows["column"].eq(column)]
+    assert tuple(found[["model", "training", "data", "condition", "metric"]].iloc[0]) == expected and len(found) == 1
+
+
+def test_every_number_has_an_answer_that_the_library_knows():
+    rows = ledger.read()
+    asked = rows[rows["table"].ne("teaser")]
+    assert asked[["model", "training", "data", "condition", "metric"]].ne("").all().all()
+    assert set(asked["model"]) <= set(MODELS) and set(asked["data"]) <= set(DATASETS)
+    named = {condition.name for condition in battery("paper")}
+    mine = asked[asked["paper"].isin([PM, "ConvNeXt", "Swin", "timm"])]
+    assert set(mine["condition"]) <= named
+    assert set(asked.loc[asked["table"].isin(["1", "2", "7"]), "condition"]) <= {*VARIANTS, "bg_gap"}
+
+
+def test_the_answers_are_those_of_the_claims():
+    "Two independent ways from a recipe to its printed number agree."
+    rows = ledger.read().query("paper == 'ReMixer' and table in ('1', '2', '3', '7') and metric != 'gain'")
+    for row in rows.itertuples():
+        scale = 1 if row.metric == "kappa" else 100
+        assert np.isclose(scale * paper_value(row.model, row.training, row.condition), row.value), row

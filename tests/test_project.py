@@ -25,7 +25,7 @@ LIBRARY = ROOT / "patchmix_repro"
 NUMBER = re.compile(r"^(\d\d[a-z]?)_(\w+)$")
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith(".") for part in p.relative_to(NBS).parts))
 NAMES = [p.relative_to(NBS).with_suffix("").as_posix() for p in NOTEBOOKS]
-RUNS = [p for p in NOTEBOOKS if p.stem in {"train", "evaluate", "explain", "occlude", "label", "challenge"}]
+RUNS = [p for p in NOTEBOOKS if p.stem in {"train", "evaluate", "explain", "occlude", "label", "challenge", "sheets"}]
 FLOOR = {m[2]: m[1] for m in map(NUMBER.match, NAMES) if m}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 each_module = pytest.mark.parametrize("module", sorted(p.stem for p in LIBRARY.glob("*.py") if p.stem not in {"__init__", "_modidx"}))

@@ -1,0 +1,128 @@
+"""The graph behind one command: its plan, a dry run of every scale, and the whole of it with two steps of training, killed and taken up again."""
+import dataclasses
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patchmix_repro.core import InputError
+from patchmix_repro.plan import SUBSETS, Sweep, command, paper_steps, place_of, steps_of, sweep_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SNAKEMAKE = [sys.executable, "-m", "snakemake"]
+needs_snakemake = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="snakemake is not installed; the extra 'sweep' brings it")
+
+
+def snakemake(*arguments):
+    return subprocess.run([*SNAKEMAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=800)
+
+
+@given(st.sampled_from(list(SUBSETS)), st.integers(0, 3), st.integers(1, 2), st.sampled_from(["mini", "small"]))
+def test_every_step_stands_behind_those_it_reads(subset, first, seeds, scale):
+    steps, seen = steps_of(Sweep(subset=subset, first=first, seeds=seeds, scale=scale)), set()
+    for name, step in steps.items():
+        assert name == step.name and set(step.after) <= seen
+        seen.add(name)
+    outs = [step.given["out"] for step in steps.values() if step.kind != "page"]
+    assert len(outs) == len(set(outs)), "two steps write to one folder"
+
+
+@pytest.mark.parametrize("field, value", [("precision", "float32"), ("scale", "small"), ("data", "caltech9"), ("subset", "full"), ("first", 7)])
+def test_another_parameter_is_another_step(field, value):
+    sweep = Sweep()
+    changed = steps_of(dataclasses.replace(sweep, **{field: value}))
+    same = {name for name, step in steps_of(sweep).items() if name in changed and step.kind != "train"}
+    assert not any(name.startswith(("page", "evaluate", "backgrounds")) for name in same)
+    assert all(changed[name] == step for name, step in steps_of(sweep).items() if name in changed), "one name, two steps"
+
+
+def test_one_folder_never_serves_two_sweeps():
+    sweeps = [Sweep(subset=subset, first=first, seeds=seeds, scale=scale) for subset in SUBSETS for first in (0, 1) for seeds in (1, 2) for scale in ("mini", "small")]
+    assert len({place_of(sweep) for sweep in sweeps}) == len(sweeps)
+
+
+def test_more_seeds_keep_what_is_there():
+    one, three = steps_of(Sweep(seeds=1)), steps_of(Sweep(seeds=3))
+    assert {name for name, step in one.items() if step.kind not in ("page",)} <= set(three)
+
+
+@pytest.mark.parametrize("config, message", [({"seed": 1}, "did you mean 'seeds'"), ({"scale": "tiny"}, "unknown scale"), ({"seeds": "two"}, "allowed is int"), ({"seeds": 0}, "at least one seed"), ({"subset": "ful"}, "did you mean 'full'")])
+def test_a_wrong_configuration_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        sweep_of(config)
+
+
+def test_the_papers_scale_has_every_training_of_both_papers():
+    trained = [step.given for step in paper_steps(sweep_of({"scale": "paper"})).values() if step.kind == "train"]
+    assert sorted(given["model"] for given in trained if given["data"] == "imagenet") == ["convnext", "convnext_s", "swin", "swin_s"]
+    nine = [given for given in trained if given["data"] == "imagenet9"]
+    assert len(nine) == 16 and sum(bool(given.get("token_labels")) for given in nine) == 4
+
+
+def test_a_command_passes_every_parameter():
+    step = next(step for step in steps_of(Sweep(subset="full")).values() if step.kind == "evaluate")
+    words = command(step, "x.ipynb")
+    assert words.startswith("papermill --no-progress-bar nbs/evaluate.ipynb x.ipynb ") and "-p limit None" in words and "-p root" not in words
+
+
+@needs_snakemake
+@pytest.mark.parametrize("config, trainings", [(["scale=mini", "seeds=1"], 11), (["scale=paper"], 20)])
+def test_a_dry_run_lists_the_steps(config, trainings):
+    done = snakemake("-n", "--config", *config, "folder=runs/never")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(rf"^train\s+{trainings}$", done.stdout + done.stderr, re.MULTILINE)
+    assert not (ROOT / "runs" / "never").exists()
+
+
+@needs_snakemake
+def test_a_misspelt_configuration_stops_before_anything_runs():
+    done = snakemake("-n", "--config", "sead=1")
+    assert done.returncode and "did you mean 'seeds'" in done.stdout + done.stderr
+
+
+@needs_snakemake
+@pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
+def test_a_cluster_profile_names_only_rules_of_the_graph(profile):
+    config = yaml.safe_load((ROOT / "workflow" / "profiles" / profile / "config.yaml").read_text(encoding="utf-8"))
+    rules = set(re.findall(r'\("(\w+)", \d+, \d+\)', (ROOT / "workflow" / "Snakefile").read_text(encoding="utf-8"))) | {"records", "site"}
+    named = {entry.split(":")[0] for entry in config.get("set-resources", [])} if isinstance(config.get("set-resources"), list) else set(config.get("set-resources", {}))
+    assert config["executor"] == profile and named <= rules
+
+
+@needs_snakemake
+def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
+    folder = tmp_path / "sweep"
+    arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
+    first = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 400
+        while not list(folder.glob("notebooks/*.ipynb")) and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGINT)
+        first.wait(120)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("notebooks/*.ipynb")}
+    assert finished, "the first step did not finish in time"
+    second = snakemake(*arguments)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items()), "a finished step was repeated"
+    place = next(folder.glob("shapes9-mini-smoke-*"))
+    steps = steps_of(sweep_of({"subset": "smoke", "folder": str(folder)}))
+    assert {path.stem for path in folder.glob("notebooks/*.ipynb")} == set(steps)
+    assert {path.stem for path in (place / "site").glob("*.html")} == {"index", *(step.notebook.partition("/")[2] for step in steps.values() if step.kind == "page")}
+    text = "".join(path.read_text(encoding="utf-8") for path in (place / "site").glob("*.html"))
+    assert "numbers mean nothing" in text and not re.findall(r'(?:src|href)="https?://', text), "a page reaches for a foreign host"
+    for link, page in ((link, path) for path in (place / "site").glob("*.html") for link in re.findall(r'href="([^"#]+)', path.read_text(encoding="utf-8"))):
+        assert (page.parent / link).exists(), f"{page.name}: {link}"
+    third = snakemake(*arguments)
+    assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr

@@ -1,0 +1,47 @@
+"""Executed pages of results as plain HTML that needs no foreign host: what `snakemake` shows where Quarto is not at hand."""
+import html
+import os
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+STYLE = """:root { color-scheme: light dark }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+a { color: #0072b2 } img, svg { max-width: 100%; height: auto } table { border-collapse: collapse; font-size: .85rem } .table, .output, .jp-OutputArea { overflow-x: auto }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ccc; text-align: left } pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .8rem }
+.prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #16181c } a { color: #6cb6ff } pre { background: #22252b } img, svg { background: #fff } th, td { border-color: #444 } }"""
+
+
+def page(title, body):
+    "One HTML page around a body."
+    return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>'
+
+
+def relink(body, pages, folder):
+    "Links to notebooks: to a page of this site where there is one, else to the clone's notebook."
+
+    def target(found):
+        name, anchor = Path(found[1]).stem, found[2] or ""
+        if name in pages:
+            return f'href="{name}.html{anchor}"'
+        place = next(iter(NOTEBOOKS.rglob(f"{name}.ipynb")), None)
+        return f'href="{os.path.relpath(place, folder)}{anchor}"' if place else found[0]
+
+    return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, body)
+
+
+def write_site(pages, front, folder):
+    "Write index.html from Markdown and one page for each executed notebook: name -> path."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    for name, path in pages.items():
+        body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
+        (folder / f"{name}.html").write_text(page(name.replace("_", " "), f'<p><a href="index.html">All pages</a></p>{relink(body, pages, folder)}'), encoding="utf-8")
+    title = re.search(r"^# (.+)$", front, re.MULTILINE)[1]
+    (folder / "index.html").write_text(page(title, relink(markdown2html(front), pages, folder)), encoding="utf-8")
