@@ -132,13 +132,13 @@ def kappa_quarters(
     scale: str,  # their scale
     labels: Sequence[str] = ("mask", "dense"),  # labellers to keep
     mixing: str | None = None,  # of the trainings; None: the only one
-) -> pd.DataFrame:  # model, recipe, seed, variant, kappa: quarters, their differences, the last layer
+) -> pd.DataFrame:  # run_id, model, recipe, seed, variant, kappa: quarters, their differences, the last layer
     "Kappa by quarter of depth, one row a run and quarter (table 3, ReMixer)."
     runs = kappa.drop_duplicates("run_id").assign(kind="train", variant="kappa")[["run_id", "train_data", "scale", "model", "mixing", "seed", "remixer", "labels", "trained", "token_labels", "kind", "variant"]]
     rows = select(runs, data, scale, labels, mixing)[["run_id", "model", "recipe", "seed"]].merge(kappa[["run_id", "layer", "quarter", "kappa"]], on="run_id")
     last = rows["layer"].eq(rows.groupby("run_id")["layer"].transform("max"))
     parts = [rows.assign(variant="quarter " + rows["quarter"].astype(int).astype(str)), rows[last].assign(variant="last layer"), rows[rows["quarter"].eq(4) & ~last].assign(variant="quarter 4, last layer left out")]
-    means = pd.concat(parts).groupby(["model", "recipe", "seed", "variant"], sort=False)["kappa"].mean()
+    means = pd.concat(parts).groupby(["run_id", "model", "recipe", "seed", "variant"], sort=False)["kappa"].mean()
     wide, places = means.unstack("variant"), dict.fromkeys(place for places in _FALLS.values() for place in places)
     for place in places:
         first, second = place.split(" - ")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'WORDS', 'PAGES', 'ELSEWHERE', 'COLUMNS', 'COLOURS', 'Page', 'left_open', 'needed', 'run_commands',
            'judge_page', 'judge_ranks', 'not_at_hand', 'report_card', 'verdict_counts', 'card_table', 'card_figure',
-           'in_short']
+           'in_short', 'evidence_lines']
 
 # %% ../nbs/15h_report_card.ipynb #6ee2bff9
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def run_commands(
     return ["papermill nbs/train.ipynb out.ipynb " + " ".join(f"-p {key} {value}" for key, value in given.items()), f"papermill nbs/{more}"]
 
 # %% ../nbs/15h_report_card.ipynb #eaf7f2c7
-COLUMNS = ["paper", "page", "claim", "published", "difference", "low", "high", "seeds", "images", "p_holm", "verdict", "reason", "needed", "command"]
+COLUMNS = ["paper", "page", "claim", "published", "difference", "low", "high", "seeds", "images", "p_holm", "verdict", "reason", "needed", "command", "runs"]
 
 # %% ../nbs/15h_report_card.ipynb #bcffad8f
 def _images(rows, claim):
@@ -135,13 +135,23 @@ def _images(rows, claim):
     mine = rows[place].eq("clean" if claim.x == 0 else claim.curve) & pd.MultiIndex.from_frame(rows[["model", recipe]]).isin([claim.first, claim.second])
     return rows.loc[mine, "n"].min()
 
+# %% ../nbs/15h_report_card.ipynb #1274273f
+def _runs(rows, claim):
+    "The ids of the runs behind a claim, by commas."
+    if rows.empty or "run_id" not in rows:
+        return ""
+    if "curve" in rows and claim.curve in set(rows["curve"]):  # maps of patches and of cut-outs are records of their own
+        rows = rows[rows["curve"].eq(claim.curve)]
+    mine = pd.MultiIndex.from_frame(rows[["model", "recipe" if "recipe" in rows else "mixing"]]).isin([claim.first, claim.second])
+    return ", ".join(dict.fromkeys(rows.loc[mine, "run_id"]))
+
 # %% ../nbs/15h_report_card.ipynb #4fefa91c
 def _row(name, page, claim, row, rows, data, scale):
     verdict, reason = VERDICTS[row["verdict"]]
     published = row.get("published", np.nan)
     published = next((row[size] for size in ("published T", "published S") if row.get(size) == row.get(size)), np.nan) if "published" not in row else published
     lacks = [recipe for recipe, count in zip((claim.first, claim.second), map(int, row["seeds"].split(" + "))) if not count and recipe[1] != "nothing"]
-    found = {"paper": page.paper, "page": name, "claim": claim.text, "published": published, "images": _images(rows, claim), "verdict": verdict, "reason": reason}
+    found = {"paper": page.paper, "page": name, "claim": claim.text, "published": published, "images": _images(rows, claim), "runs": _runs(rows, claim), "verdict": verdict, "reason": reason}
     found |= {key: row[key] for key in ("difference", "low", "high", "seeds")} | {"p_holm": np.fmin(row["p_holm"], row["p_same_holm"])}
     if verdict == "not decided":
         said = left_open(claim, row, published)
@@ -180,7 +190,7 @@ def judge_ranks(
         word, reason = VERDICTS[row["verdict"]]
         reason = "fewer than five recipes beyond what is held equal" if word == "not testable here" else reason
         rows.append({"paper": "Patch Mixing", "page": "selectivity_robustness", "claim": f"more selective networks are more robust ({row['networks']})", "difference": row["estimate"],
-                     "low": row["low"], "high": row["high"], "seeds": f"{row['n']}", "p_holm": row["p_holm"], "verdict": word, "reason": reason, "command": ""})
+                     "low": row["low"], "high": row["high"], "seeds": f"{row['n']}", "p_holm": row["p_holm"], "verdict": word, "reason": reason, "command": "", "runs": ""})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../nbs/15h_report_card.ipynb #95a6c6de
@@ -193,7 +203,7 @@ def not_at_hand(
     for name, (claim, page) in ELSEWHERE.items():
         if name not in measured:
             command = f"papermill nbs/evaluate.ipynb out.ipynb -p pretrained convnext,swin -p data {name} -p limit None"
-            rows.append({"paper": "Patch Mixing", "page": page, "claim": claim, "seeds": "", "verdict": "not testable here", "reason": f"needs the files of {name}", "command": command})
+            rows.append({"paper": "Patch Mixing", "page": page, "claim": claim, "seeds": "", "verdict": "not testable here", "reason": f"needs the files of {name}", "command": command, "runs": ""})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../nbs/15h_report_card.ipynb #ee6b7b40
@@ -270,3 +280,14 @@ def in_short(
         lines += ["", f"Decided on {title} (difference and its 95 % interval):" if len(decided) else f"Decided on {title}: nothing.", ""]
         lines += [f"- *{row.verdict}*: {row.claim}, {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{'; ' * bool(row.reason)}{row.reason} ([page]({base}{row.page}{end}))" for row in decided.itertuples()]
     return "\n".join(lines).strip() + "\n"
+
+# %% ../nbs/15h_report_card.ipynb #73812964
+def evidence_lines(
+    card: pd.DataFrame,  # from `report_card`
+    base: str = "",  # of the links
+    end: str = ".ipynb",  # of the links
+) -> str:  # Markdown, one line a decided claim
+    "Every decided claim with its page, where the figure is, and the records behind it."
+    decided = card[card["verdict"].isin(["seen", "contradicted"])]
+    runs = {row.Index: ", ".join(f"`{run}`" for run in row.runs.split(", ")) if row.runs else "all of the page" for row in decided.itertuples()}
+    return "\n".join(f"- *{row.verdict}*: {row.claim} ([figure]({base}{row.page}{end})): {runs[row.Index]}" for row in decided.itertuples()) + "\n"

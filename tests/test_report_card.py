@@ -131,3 +131,15 @@ def test_the_home_page_says_what_the_records_say():
     spec.loader.exec_module(report)
     (start, text, end), = re.findall(r"(<!-- report card -->\n)(.*?)(<!-- end of the report card -->\n)", (project_root() / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert text == report.block(), "run python .ci/report.py"
+
+
+def test_a_claim_names_the_records_behind_it(folder, card):
+    mine = card.set_index(["page", "claim"])
+    runs = mine.runs["replacement", "Patch Mixing: ConvNeXt keeps more at 50 % (14 x 14)"].split(", ")
+    records = store.read(folder, "battery").set_index("run_id")
+    assert set(records.loc[runs, "config.model"]) == {"convnext"} and set(records.loc[runs, "config.mixing"]) == {"timm", "switch"}
+    selective = next(row for row in card[card.page.eq("selectivity_table")].itertuples() if row.runs and "(patches" in row.claim)
+    assert set(store.read(folder, "selectivity").set_index("run_id").loc[selective.runs.split(", "), "config.set"]) == {"patch"}
+    assert not card[card.verdict.isin(["seen", "contradicted"]) & card.page.ne("selectivity_robustness")].runs.eq("").any()
+    lines = rc.evidence_lines(card).splitlines()
+    assert len(lines) == card.verdict.isin(["seen", "contradicted"]).sum() and any(f"`{runs[0]}`" in line for line in lines)
