@@ -7,7 +7,7 @@ __all__ = ['SUBSETS', 'MEASURED_BY', 'PICTURED', 'TRAIN_IMAGES', 'OCCLUDED', 'Su
            'train_step', 'measure_step', 'sheets_step', 'place_of', 'page_steps', 'steps_of', 'command', 'collect',
            'step_times', 'training_costs', 'paper_steps', 'front_page']
 
-# %% ../nbs/16_plan.ipynb #03b7153a
+# %% ../nbs/16_plan.ipynb #60da478d
 import dataclasses
 import json
 import shlex
@@ -30,7 +30,7 @@ from .remixer_tables import training_of
 from .shifted_records import SHIFTED
 from .versions import outdated
 
-# %% ../nbs/16_plan.ipynb #b80d3652
+# %% ../nbs/16_plan.ipynb #c5636670
 class Subset(NamedTuple):
     "How many networks and images a sweep takes; None: all."
     models: tuple[str, ...] | None  # names of networks
@@ -43,14 +43,14 @@ class Subset(NamedTuple):
     relevance: int | None  # objects of the relevance maps
     max_steps: int | None = None  # of a training
 
-# %% ../nbs/16_plan.ipynb #42a97d2d
+# %% ../nbs/16_plan.ipynb #e16bcea5
 SUBSETS = {
     "smoke": Subset(("deit",), ("timm", "remixer mask"), ("replacement", "remixer_kappa", "remixer_maps", "report"), 16, 2, 8, 16, 8, 2),
     "listed": Subset(("convnext", "swin", "deit", "mixer", "convmixer"), ("timm", "switch", "plain", "remixer mask"), None, 1000, 20, 500, 1000, 100),
     "full": Subset(None, None, None, None, 100, 500, None, 500),
 }
 
-# %% ../nbs/16_plan.ipynb #86559e53
+# %% ../nbs/16_plan.ipynb #188eec56
 @dataclass(frozen=True)
 class Sweep:
     "What one sweep re-makes; `sweep_of` makes it of Snakemake's configuration."
@@ -69,7 +69,7 @@ class Sweep:
         if self.seeds < 1 or self.first < 0:
             raise InputError(f"seeds {self.seeds} from {self.first}. Give at least one seed, and a first one from 0.")
 
-# %% ../nbs/16_plan.ipynb #e850e0b9
+# %% ../nbs/16_plan.ipynb #5bc65cb0
 def sweep_of(
     config: dict,  # Snakemake's: what stands behind --config
 ) -> Sweep:
@@ -82,7 +82,7 @@ def sweep_of(
         given["data"] = "imagenet9"
     return Sweep(**given)
 
-# %% ../nbs/16_plan.ipynb #1ada0be1
+# %% ../nbs/16_plan.ipynb #3d7ac229
 class Step(NamedTuple):
     "One papermill run of a notebook."
     name: str  # kind-what-hash
@@ -91,7 +91,7 @@ class Step(NamedTuple):
     given: dict  # its parameters
     after: tuple[str, ...] = ()  # names of the steps that it reads
 
-# %% ../nbs/16_plan.ipynb #bd909af2
+# %% ../nbs/16_plan.ipynb #da351836
 def recipes_of(
     page: str,  # of `report_card.PAGES`
     subset: str = "full",  # of SUBSETS
@@ -101,7 +101,7 @@ def recipes_of(
     sides = dict.fromkeys(side for claim in PAGES[page].claims() for side in (claim.first, claim.second) if side[1] != "nothing")
     return [(model, recipe) for model, recipe in sides if (models is None or model in models) and (recipes is None or recipe in recipes)]
 
-# %% ../nbs/16_plan.ipynb #877f7edb
+# %% ../nbs/16_plan.ipynb #9fa12d94
 def train_step(
     sweep: Sweep,  # names the data and the scale
     page: str,  # of `report_card.PAGES`: says which paper's names the recipe has
@@ -117,12 +117,12 @@ def train_step(
     name = run_id(train_config(**given))
     return Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root})
 
-# %% ../nbs/16_plan.ipynb #c67f2dd5
+# %% ../nbs/16_plan.ipynb #30b02572
 MEASURED_BY = {page: "evaluate" for page in ("originals", "replacement", "permutation", "drop", "accuracies")} | {
     "selectivity_table": "explain", "remixer_maps": "relevance", "remixer_shifted": "shifted", "remixer_kappa": "", "remixer_tokens": "",
 } | {page: "backgrounds" for page in ("remixer_backgrounds", "remixer_kernels", "remixer_appendix_c", "remixer_controls")}
 
-# %% ../nbs/16_plan.ipynb #2759019c
+# %% ../nbs/16_plan.ipynb #bbeab63e
 def measure_step(
     sweep: Sweep,  # names the data and the sizes
     measure: str,  # a value of MEASURED_BY, not empty
@@ -140,7 +140,7 @@ def measure_step(
     name = f"{measure}-{trained.name.removeprefix('train-')}-{stable_hash(given, 6)}"
     return Step(name, notebook, notebook, data | given | {"out": f"{sweep.folder}/measured/{name}"}, (trained.name,))
 
-# %% ../nbs/16_plan.ipynb #3feec124
+# %% ../nbs/16_plan.ipynb #1b28e861
 def sheets_step(
     sweep: Sweep,  # names the data
     trainings: list[Step],  # of the sweep
@@ -155,10 +155,10 @@ def sheets_step(
     name = f"sheets-{stable_hash(given, 6)}"
     return [Step(name, "sheets", "sheets", given | {"out": f"{sweep.folder}/measured/{name}"}, tuple(step.name for step in (*answers.values(), *maps.values())))]
 
-# %% ../nbs/16_plan.ipynb #5bda6071
+# %% ../nbs/16_plan.ipynb #8807f360
 PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples")  # pages that a sweep draws
 
-# %% ../nbs/16_plan.ipynb #312e94f1
+# %% ../nbs/16_plan.ipynb #5cac4888
 def place_of(
     sweep: Sweep,  # its data, scale, subset, seeds and precision name it
 ) -> str:  # folder of records, pages and figures
@@ -166,7 +166,7 @@ def place_of(
     seeds = f"s{sweep.first}" if sweep.seeds == 1 else f"s{sweep.first}-{sweep.first + sweep.seeds - 1}"
     return f"{sweep.folder}/{sweep.data}-{sweep.scale}-{sweep.subset}-{seeds}" + f"-{sweep.precision}" * (sweep.precision != "bfloat16")
 
-# %% ../nbs/16_plan.ipynb #3dece892
+# %% ../nbs/16_plan.ipynb #86e0b977
 def page_steps(
     sweep: Sweep,  # names the place
     measured: tuple[str, ...],  # names of the steps whose records the pages read
@@ -176,7 +176,7 @@ def page_steps(
     given = {"data": sweep.data, "scale": sweep.scale, "results": f"{place}/records", "figures": f"{place}/figures"}
     return [Step(f"page-{page}-{stable_hash(place, 6)}", "page", f"results/{page}", given, measured) for page in wanted]
 
-# %% ../nbs/16_plan.ipynb #377ff4e6
+# %% ../nbs/16_plan.ipynb #00cd29e6
 def steps_of(
     sweep: Sweep,  # from `sweep_of`
 ) -> dict[str, Step]:  # by name; a step stands behind those it reads
@@ -194,7 +194,7 @@ def steps_of(
     pages = {step.name: step for step in page_steps(sweep, (*trained, *measured, *sheets))}
     return trained | measured | sheets | pages
 
-# %% ../nbs/16_plan.ipynb #a15b90d4
+# %% ../nbs/16_plan.ipynb #71d404f3
 def command(
     step: Step,  # from `steps_of`
     target: str = "out.ipynb",  # the executed notebook
@@ -203,7 +203,7 @@ def command(
     words = [f"-p {name} {shlex.quote(str(value))}" for name, value in step.given.items() if value is not None or name == "limit"]
     return " ".join(["papermill --no-progress-bar", f"nbs/{step.notebook}.ipynb", shlex.quote(target), *words])
 
-# %% ../nbs/16_plan.ipynb #d70b1611
+# %% ../nbs/16_plan.ipynb #64ba00ee
 def collect(
     sweep: Sweep,  # whose steps have run
 ) -> pd.DataFrame:  # step, part: also written beside the records
@@ -214,14 +214,14 @@ def collect(
     for step in steps_of(sweep).values():
         if step.kind != "page":
             if not (parts := sorted(Path(step.given["out"]).rglob("records/*.parquet"))):
-                raise InputError(f"step {step.name} left no record in {step.given['out']}. Run it again: delete its notebook, or name it with snakemake --forcerun.")
+                raise InputError(f"step {step.name} left no record in {step.given['out']}. Delete its notebook and that folder, and run snakemake again.")
             found = store.publish(list(dict.fromkeys(store.read(parts[0].parent).run_id)), parts[0].parent, place / "records")
             rows += [(step.name, part.name) for part in found]
     table = pd.DataFrame(rows, columns=["step", "part"])
     table.to_csv(place / "records" / "steps.csv", index=False)
     return table
 
-# %% ../nbs/16_plan.ipynb #520b863a
+# %% ../nbs/16_plan.ipynb #b11c3daf
 def step_times(
     sweep: Sweep,  # whose steps have run, some or all
 ) -> pd.DataFrame:  # step, kind, minutes
@@ -233,10 +233,10 @@ def step_times(
             rows.append((step.name, step.kind, json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]["duration"] / 60))
     return pd.DataFrame(rows, columns=["step", "kind", "minutes"])
 
-# %% ../nbs/16_plan.ipynb #9fb7ed48
+# %% ../nbs/16_plan.ipynb #b343a007
 TRAIN_IMAGES = {"shapes9": 4050, "imagenet": 1_281_167, "imagenet9": 45_405}  # of the training split
 
-# %% ../nbs/16_plan.ipynb #572a93fa
+# %% ../nbs/16_plan.ipynb #a122cf39
 def training_costs(
     steps: Iterable[Step],  # from `steps_of`
     folder: str | Path,  # a store with records of trainings
@@ -254,10 +254,10 @@ def training_costs(
     table = pd.DataFrame(rows, columns=["step", "images", "images_per_s"])
     return table.assign(hours=table["images"] / table["images_per_s"] / 3600)
 
-# %% ../nbs/16_plan.ipynb #e1c1d002
+# %% ../nbs/16_plan.ipynb #2ff3956e
 OCCLUDED = ("imagenet", "smd", "rod", "nvd")  # test sets of the Patch Mixing page
 
-# %% ../nbs/16_plan.ipynb #ac0d79b2
+# %% ../nbs/16_plan.ipynb #1a97ed19
 def paper_steps(
     sweep: Sweep,  # scale "paper"
 ) -> dict[str, Step]:
@@ -270,15 +270,18 @@ def paper_steps(
         names = [(f"evaluate-{step.name.removeprefix('train-')}-{data}", data) for data in OCCLUDED]
         tested += [Step(name, "evaluate", "evaluate", {"model": step.given["out"], **common(data), "out": f"{sweep.folder}/measured/{name}"}, (step.name,)) for name, data in names]
         tested.append(measure_step(wide, "explain", step))
+    originals = {"pretrained": "convnext,convnext_s,swin,swin_s", "data": "imagenet", "images": 100, "num_masks": 500, "set": "patch,smd", "root": sweep.root}
+    tested.append(Step("explain-originals-imagenet", "explain", "explain", originals | {"out": f"{sweep.folder}/measured/explain-originals-imagenet"}))
+    tokens = [train_step(wide, "remixer_tokens", side, sweep.first) for side in recipes_of("remixer_tokens")]
     narrow = dataclasses.replace(sweep, data="imagenet9", subset="full", precision="auto")
     remixed, measured = [], []
-    for page in ("remixer_backgrounds", "remixer_kernels", "remixer_tokens"):
+    for page in ("remixer_backgrounds", "remixer_kernels"):
         for model, recipe in recipes_of(page):
             remixed.append(step := train_step(narrow, page, (model, recipe.replace("mask", "saliency")), sweep.first))
             measured += [measure_step(dataclasses.replace(narrow, data="backgrounds"), "backgrounds", step), measure_step(narrow, "shifted", step)]
-    return {step.name: step for step in (*mixed, *tested, *remixed, *measured)}
+    return {step.name: step for step in (*mixed, *tested, *tokens, *remixed, *measured)}
 
-# %% ../nbs/16_plan.ipynb #9801308c
+# %% ../nbs/16_plan.ipynb #885a40a4
 def front_page(
     sweep: Sweep,  # whose pages are drawn
 ) -> str:  # Markdown

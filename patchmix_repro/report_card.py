@@ -135,7 +135,7 @@ def _images(rows, claim):
     mine = rows[place].eq("clean" if claim.x == 0 else claim.curve) & pd.MultiIndex.from_frame(rows[["model", recipe]]).isin([claim.first, claim.second])
     return rows.loc[mine, "n"].min()
 
-# %% ../nbs/15h_report_card.ipynb #1274273f
+# %% ../nbs/15h_report_card.ipynb #61d2c70e
 def _runs(rows, claim):
     "The ids of the runs behind a claim, by commas."
     if rows.empty or "run_id" not in rows:
@@ -144,6 +144,12 @@ def _runs(rows, claim):
         rows = rows[rows["curve"].eq(claim.curve)]
     mine = pd.MultiIndex.from_frame(rows[["model", "recipe" if "recipe" in rows else "mixing"]]).isin([claim.first, claim.second])
     return ", ".join(dict.fromkeys(rows.loc[mine, "run_id"]))
+
+# %% ../nbs/15h_report_card.ipynb #2278489d
+def _gap(rows):
+    "Selectivity on patches of original Swin over original ConvNeXt; NaN where one lacks."
+    mine = rows[rows["curve"].eq("patch") & rows["mixing"].eq("timm")].groupby("model")["mass"].mean()
+    return mine.get("swin", np.nan) - mine.get("convnext", np.nan)
 
 # %% ../nbs/15h_report_card.ipynb #4fefa91c
 def _row(name, page, claim, row, rows, data, scale):
@@ -160,6 +166,8 @@ def _row(name, page, claim, row, rows, data, scale):
         found["reason"] = "; ".join([reason] * bool(reason) + said)
     if verdict == "seen" and claim.expect in ("same", "no less") and (row["low"] > 0 or row["high"] < 0):
         found["reason"] = "a difference all the same, within the margin"
+    if name == "selectivity_table" and verdict == "seen" and claim.expect in ("same", "no less") and abs(gap := _gap(rows)) < claim.margin:
+        found["reason"] = "; ".join([found["reason"]] * bool(found["reason"]) + [f"the margin is wider than the gap between the originals, {gap:.3f}: it says little"])
     found["command"] = "\n".join(run_commands(lacks[0], data, scale, name)) if verdict == "not run" and lacks else ""
     return found
 
@@ -281,7 +289,7 @@ def in_short(
         lines += [f"- *{row.verdict}*: {row.claim}, {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{'; ' * bool(row.reason)}{row.reason} ([page]({base}{row.page}{end}))" for row in decided.itertuples()]
     return "\n".join(lines).strip() + "\n"
 
-# %% ../nbs/15h_report_card.ipynb #73812964
+# %% ../nbs/15h_report_card.ipynb #b47628ca
 def evidence_lines(
     card: pd.DataFrame,  # from `report_card`
     base: str = "",  # of the links
