@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 
 from .claims import Claim, verdict_table, verdicts
-from .ledger import published
+from .ledger import LABELLERS, NETWORKS, published
 from .remixer_records import NAMES, VARIANTS, select
 
 # %% ../nbs/14e_remixer_claims.ipynb #0005890d
-PAPER_ROWS = {"deit": "DeiT-S", "mixer": "MLP-Mixer-S/16", "convmixer": "ConvMixer-512/8", "convit": "DeiT-S + ConViT", "convmixer_full": "ConvMixer-512/8-Full", "deit_b": "DeiT-B"}
+PAPER_ROWS = {model: row for row, model in NETWORKS.items() if not row.startswith(("ConvNeXt", "Swin"))}  # those of the other paper
 
 # %% ../nbs/14e_remixer_claims.ipynb #7eedb075
-PAPER_LABELLERS = {"mask": "BigBiGAN", "saliency": "BigBiGAN", "dense": "ReLabel"}
+PAPER_LABELLERS = {name: label for label, name in LABELLERS.items()} | {"saliency": "BigBiGAN"}
 
 # %% ../nbs/14e_remixer_claims.ipynb #dd6f7979
 PAPER_SETS = {"imagenetv2_9": "ImageNetV2-9", "real_9": "ReaL-9", "rendition_9": "Rendition-9", "stylized_9": "Stylized-9", "sketch_9": "Sketch-9"}

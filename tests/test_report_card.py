@@ -18,6 +18,7 @@ from patchmix_repro import store
 from patchmix_repro.claims import load_battery, verdicts
 from patchmix_repro.config import train_config
 from patchmix_repro.core import InputError, project_root
+from patchmix_repro.evidence import evidence_lines
 from patchmix_repro.page_claims import replacement_claims
 
 
@@ -141,5 +142,5 @@ def test_a_claim_names_the_records_behind_it(folder, card):
     selective = next(row for row in card[card.page.eq("selectivity_table")].itertuples() if row.runs and "(patches" in row.claim)
     assert set(store.read(folder, "selectivity").set_index("run_id").loc[selective.runs.split(", "), "config.set"]) == {"patch"}
     assert not card[card.verdict.isin(["seen", "contradicted"]) & card.page.ne("selectivity_robustness")].runs.eq("").any()
-    lines = rc.evidence_lines(card).splitlines()
+    lines = evidence_lines(card).splitlines()
     assert len(lines) == card.verdict.isin(["seen", "contradicted"]).sum() and any(f"`{runs[0]}`" in line for line in lines)
