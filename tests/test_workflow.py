@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchmix_repro import store
 from patchmix_repro.core import InputError
 from patchmix_repro.plan import SUBSETS, Sweep, command, paper_steps, place_of, steps_of, sweep_of
 
@@ -121,6 +122,8 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
     steps = steps_of(sweep_of({"subset": "smoke", "folder": str(folder)}))
     assert {path.stem for path in folder.glob("notebooks/*.ipynb")} == set(steps)
     assert {path.stem for path in (place / "site").glob("*.html")} == {"index", *(step.notebook.partition("/")[2] for step in steps.values() if step.kind == "page")}
+    times = store.read_table(place / "times", "steps", kind="sweep")
+    assert set(times.step) == set(steps) and (times.minutes > 0).all() and (times.start >= 0).all() and times.memory.between(0.1, 20).all()
     text = "".join(path.read_text(encoding="utf-8") for path in (place / "site").glob("*.html"))
     assert "numbers mean nothing" in text and not re.findall(r'(?:src|href)="https?://', text), "a page reaches for a foreign host"
     for link, page in ((link, path) for path in (place / "site").glob("*.html") for link in re.findall(r'href="([^"#]+)', path.read_text(encoding="utf-8"))):
