@@ -144,12 +144,13 @@ def mixer_for(
 ):  # called (x, y, generator=) -> (x, soft labels b k)
     "The mixing the configuration names; without mixing, labels are smoothed all the same."
     smooth = dict(num_classes=num_classes, label_smoothing=config.label_smoothing)
-    patch = PatchMixing(grid=config.grid, ratio=(0.0, config.ratio), **smooth)
+    patch = PatchMixing(grid=config.grid, ratio=(0.0, config.ratio), per_image=config.per_image, **smooth)
     if config.mixing == "patch":
         return patch
     if config.mixing == "none":
         return PatchMixing(grid=1, ratio=0.0, **smooth)
-    weights = (1 / 3, 1 / 3, 1 / 3) if config.mixing == "switch" else (0.5, 0.5, 0.0)
+    share = config.patch_share if config.mixing == "switch" else 0.0
+    weights = ((1 - share) / 2, (1 - share) / 2, share) if share != 1 / 3 else (1 / 3, 1 / 3, 1 / 3)  # exactly alike
     return MixingSwitch(mixup_alpha=config.mixup_alpha, cutmix_alpha=config.cutmix_alpha, patchmix=patch, weights=weights, **smooth)
 
 # %% ../nbs/10b_batches.ipynb #2a60215d

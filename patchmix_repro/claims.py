@@ -46,8 +46,9 @@ def networks_of(
     mixings: Sequence[str] = tuple(TRAINING),  # which trainings; "timm" is Original, "switch" Patch Mixing
     extra: Sequence[str] = (),  # further fields of the configuration that tell records apart
 ) -> pd.DataFrame:  # run_id, model, mixing, train_seed, training and the extra fields; may have no rows
-    "The records of one kind, one row a network."
+    "The records of one kind, one row a network of the recipes; networks of other choices are `choices`' own."
     records = store.read(folder)
+    records = records[records["config.varied"].isna()] if "config.varied" in records else records
     keep = ["run_id", *_NETWORK, *(f"config.{field}" for field in extra)]
     records = records.reindex(columns=[*keep, "kind", "config.data", "config.scale"])
     mine = records["kind"].eq(kind) & records["config.data"].eq(data) & records["config.scale"].eq(scale) & records["config.mixing"].isin(mixings)

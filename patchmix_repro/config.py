@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'KAPPA_PEAK', 'NEUTRAL', 'recipe_for', 'LabelFields', 'TrainConfig', 'check_classes',
-           'check_labels', 'kappa_factor', 'labels_for', 'train_config', 'config_from', 'identity', 'run_id',
-           'run_folder']
+           'PAIRED', 'KAPPA_PEAK', 'NEUTRAL', 'VARIED', 'recipe_for', 'ChoiceFields', 'LabelFields', 'TrainConfig',
+           'check_classes', 'check_labels', 'kappa_factor', 'labels_for', 'train_config', 'config_from', 'identity',
+           'run_id', 'run_folder', 'varied']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
@@ -67,6 +67,13 @@ def recipe_for(
     values["drop_path"] = 0.0 if model.startswith("convmixer") else values["drop_path"]
     return values
 
+# %% ../nbs/10a_config.ipynb #acbc4afb
+@dataclass(frozen=True)
+class ChoiceFields:
+    "What the page of Patch Mixing leaves open beside grid, ratio and label smoothing."
+    per_image: bool = True  # a mask for each image; False: one mask and one share for the whole batch
+    patch_share: float = 1 / 3  # of the switch's batches that Patch Mixing gets, 0 to 1; Mixup and CutMix share the others alike
+
 # %% ../nbs/10a_config.ipynb #4a9fd746
 @dataclass(frozen=True)
 class LabelFields:
@@ -80,7 +87,7 @@ class LabelFields:
 
 # %% ../nbs/10a_config.ipynb #ee1f9990
 @dataclass(frozen=True)
-class TrainConfig(LabelFields):
+class TrainConfig(LabelFields, ChoiceFields):
     "What one training run is; made by `train_config`, which checks it."
     model: str = "convnext"  # one of MODELS
     scale: str = "mini"  # "mini", "small" or "paper"
@@ -144,7 +151,7 @@ _COUNT = (lambda v: v >= 1, "integers from 1")
 RULES = {
     **dict.fromkeys(("epochs", "batch_size", "max_steps", "processes"), _COUNT),
     **dict.fromkeys(("lr", "mixup_alpha", "cutmix_alpha", "token_weight"), _POSITIVE),
-    **dict.fromkeys(("ratio", "label_smoothing", "erase"), _SHARE),
+    **dict.fromkeys(("ratio", "label_smoothing", "erase", "patch_share"), _SHARE),
     **dict.fromkeys(("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "clip_grad", "layer_scale", "workers", "checkpoint_every", "seed", "kappa_lr"), _NOT_NEGATIVE),
     **dict.fromkeys(("ema_decay", "drop_path"), (lambda v: 0 <= v < 1, "0 or more, below 1")),
     "crop": (lambda v: 0 < v <= 1, "above 0, at most 1"),
@@ -254,10 +261,13 @@ def config_from(
     "The configuration from a notebook's plain variables; every one of them has to be a field."
     shell = {"In", "Out", "exit", "quit"}
     plain = (str, int, float, bool, list, tuple, dict, set, type(None))
-    return train_config(**{k: v for k, v in namespace.items() if not k.startswith("_") and k not in shell and isinstance(v, plain)})
+    given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in shell and isinstance(v, plain)}
+    if isinstance(grid := given.get("grid"), str) and re.fullmatch(r"\d+(,\d+)+", grid):  # papermill's -p has no lists
+        given["grid"] = tuple(map(int, grid.split(",")))
+    return train_config(**given)
 
 # %% ../nbs/10a_config.ipynb #b9ed1285
-NEUTRAL = {"warmup_prefix": False, "remixer": False, "labels": "none", "distance": "l1", "kappa_lr": 1.0, "token_labels": False, "token_weight": 0.5}  # fields younger than published runs -> the value that leaves those runs' names as they are
+NEUTRAL = {"warmup_prefix": False, "remixer": False, "labels": "none", "distance": "l1", "kappa_lr": 1.0, "token_labels": False, "token_weight": 0.5, "per_image": True, "patch_share": 1 / 3}  # fields younger than published runs -> the value that leaves those runs' names as they are
 
 # %% ../nbs/10a_config.ipynb #e441cdf9
 def identity(
@@ -281,3 +291,15 @@ def run_folder(
 ) -> Path:  # `out`, or runs/<id> in the project
     "Where the run keeps everything it makes."
     return Path(config.out) if config.out else project_root() / "runs" / run_id(config)
+
+# %% ../nbs/10a_config.ipynb #2e60214c
+VARIED = ("grid", "ratio", "label_smoothing", "per_image", "patch_share")  # fields of Patch Mixing that the paper leaves open
+
+# %% ../nbs/10a_config.ipynb #8e32b5b1
+def varied(
+    config: dict,  # a run's fields, from `identity` or a network's card
+) -> str:  # such as "grid=14"; "" for the recipe's own values
+    "What a training does otherwise than the recipe with Patch Mixing."
+    usual = train_config(**{name: config[name] for name in ("model", "scale", "data", "mixing")}, recipe=config.get("recipe", "auto"))
+    given = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in VARIED if name in config}
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value != getattr(usual, name))

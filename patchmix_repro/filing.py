@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from . import store
-from .config import TrainConfig, identity, run_id
+from .config import TrainConfig, identity, run_id, varied
 from .core import StoreError, atomic_write, project_root, stable_hash
 from .data import create_dataset
 from .evaluation import accuracy, correct_table, evaluate, image_rows, summary
@@ -150,7 +150,7 @@ def note_of(
     model: nn.Module,  # the network
     origin: dict | str,  # its card, from `load_model`, or the name of timm's weights
     name: str | None = None,  # what it is called here; None: its run, or timm's name
-) -> dict:  # name, model, pretrained, run_id, mixing, scale, train_data, train_seed, train_grid, weights
+) -> dict:  # name, model, pretrained, run_id, mixing, scale, train_data, train_seed, train_grid, weights; varied, where the mixing is not the recipe's
     "What a record says of a network."
     if isinstance(origin, str):
         short = {weights: known for known, weights in PRETRAINED.items()}.get(origin)
@@ -160,7 +160,8 @@ def note_of(
     patch_mixed = card["mixing"] in ("patch", "switch")
     return {"name": name or (origin if isinstance(origin, str) else origin["run_id"]), "model": card["model"], "mixing": card["mixing"], "scale": card["scale"],
             "pretrained": origin if isinstance(origin, str) else None, "run_id": None if isinstance(origin, str) else origin["run_id"],
-            "train_data": card["data"], "train_seed": card["seed"], "train_grid": card["grid"] if patch_mixed else None, "weights": weights_hash(model)}
+            "train_data": card["data"], "train_seed": card["seed"], "train_grid": card["grid"] if patch_mixed else None, "weights": weights_hash(model),
+            **({"varied": other} if patch_mixed and (other := varied(card)) else {})}
 
 # %% ../nbs/12a_filing.ipynb #bd12fd3b
 def battery_config(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUBSETS', 'PICTURED', 'OCCLUDED', 'Subset', 'Sweep', 'sweep_of', 'Step', 'recipes_of', 'train_step', 'measure_step',
-           'sheets_step', 'place_of', 'page_steps', 'steps_of', 'command', 'collect', 'paper_steps']
+           'sheets_step', 'choice_steps', 'place_of', 'page_steps', 'steps_of', 'command', 'collect', 'paper_steps']
 
 # %% ../nbs/16_plan.ipynb #60da478d
 import dataclasses
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from . import store
+from .choices import CHOICES
 from .config import run_id, train_config
 from .core import InputError, choose, stable_hash
 from .data import DATASETS
@@ -31,17 +32,19 @@ class Subset(NamedTuple):
     recipes: tuple[str, ...] | None  # names of trainings, as claims use them
     pages: tuple[str, ...] | None  # pages of results
     evaluate: int | None  # images of the battery
-    explain: int  # images of c-RISE, per set
+    explain: int  # images of c-RISE, per set; 0: no c-RISE
     masks: int  # of c-RISE
     backgrounds: int | None  # objects of the Background Challenge
     relevance: int | None  # objects of the relevance maps
     max_steps: int | None = None  # of a training
+    choices: tuple[str, ...] = ()  # of `choices.CHOICES`: the open choices that are varied, on ConvNeXt
 
 # %% ../nbs/16_plan.ipynb #e16bcea5
 SUBSETS = {
     "smoke": Subset(("deit",), ("timm", "remixer mask"), ("replacement", "remixer_kappa", "remixer_maps", "report"), 16, 2, 8, 16, 8, 2),
     "listed": Subset(("convnext", "swin", "deit", "mixer", "convmixer"), ("timm", "switch", "plain", "remixer mask"), None, 1000, 20, 500, 1000, 100),
-    "full": Subset(None, None, None, None, 100, 500, None, 500),
+    "full": Subset(None, None, None, None, 100, 500, None, 500, choices=tuple(CHOICES)),
+    "choices": Subset(("convnext",), ("switch",), ("choices",), 1000, 0, 0, 0, 0, choices=tuple(CHOICES)),
 }
 
 # %% ../nbs/16_plan.ipynb #188eec56
@@ -132,7 +135,7 @@ def sheets_step(
     trainings: list[Step],  # of the sweep
 ) -> list[Step]:  # one; none for another set than shapes9, whose pictures alone may be shown
     "What files the example pictures of the pages."
-    if sweep.data != "shapes9" or SUBSETS[sweep.subset].max_steps:
+    if sweep.data != "shapes9" or SUBSETS[sweep.subset].pages:
         return []
     first = [step for step in trainings if step.given["seed"] == sweep.first]
     answers = {f"ConvNeXt {name}": step for name, mixing in (("Original", "timm"), ("Patch Mixing", "switch")) for step in first if step.given["model"] == "convnext" and step.given["mixing"] == mixing}
@@ -141,8 +144,22 @@ def sheets_step(
     name = f"sheets-{stable_hash(given, 6)}"
     return [Step(name, "sheets", "sheets", given | {"out": f"{sweep.folder}/measured/{name}"}, tuple(step.name for step in (*answers.values(), *maps.values())))]
 
+# %% ../nbs/16_plan.ipynb #9a10c02f
+def choice_steps(
+    sweep: Sweep,  # names the data, the scale and the subset
+    seed: int,  # of the trainings
+) -> list[Step]:
+    "A training and a battery for each open choice of the subset."
+    steps = []
+    for choice in SUBSETS[sweep.subset].choices:
+        given = {"model": "convnext", "data": sweep.data, "mixing": "switch", "scale": sweep.scale, "precision": sweep.precision, "seed": seed, **CHOICES[choice]}
+        name = run_id(train_config(**given))
+        steps.append(Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root}))
+        steps.append(measure_step(sweep, "evaluate", steps[-1]))
+    return steps
+
 # %% ../nbs/16_plan.ipynb #8807f360
-PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples")  # pages that a sweep draws
+PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples", "choices")  # pages that a sweep draws
 
 # %% ../nbs/16_plan.ipynb #5cac4888
 def place_of(
@@ -173,9 +190,11 @@ def steps_of(
             for side in recipes_of(page, sweep.subset):
                 step = train_step(sweep, page, side, seed)
                 trained[step.name] = step
-                if measure and (measure != "shifted" or sweep.data in SHIFTED):
+                if measure and getattr(SUBSETS[sweep.subset], measure, None) != 0 and (measure != "shifted" or sweep.data in SHIFTED):
                     after = measure_step(sweep, measure, step)
                     measured[after.name] = after
+        for step in choice_steps(sweep, seed):
+            (trained if step.kind == "train" else measured)[step.name] = step
     sheets = {step.name: step for step in sheets_step(sweep, list(trained.values()))}
     pages = {step.name: step for step in page_steps(sweep, (*trained, *measured, *sheets))}
     return trained | measured | sheets | pages
@@ -186,7 +205,8 @@ def command(
     target: str = "out.ipynb",  # the executed notebook
 ) -> str:  # a line for a shell
     "The papermill call of a step; parameters at None keep the notebook's default, but for limit, whose None means all."
-    words = [f"-p {name} {shlex.quote(str(value))}" for name, value in step.given.items() if value is not None or name == "limit"]
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    words = [f"-p {name} {shlex.quote(text(value))}" for name, value in step.given.items() if value is not None or name == "limit"]
     return " ".join(["papermill --no-progress-bar", f"nbs/{step.notebook}.ipynb", shlex.quote(target), *words])
 
 # %% ../nbs/16_plan.ipynb #64ba00ee

@@ -2,10 +2,12 @@
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchmix_repro.config import CHOICES, PLACE, RECIPES, TrainConfig, config_from, identity, recipe_for, run_folder, run_id, train_config
+from patchmix_repro.batches import mixer_for
+from patchmix_repro.config import CHOICES, PLACE, RECIPES, TrainConfig, config_from, identity, recipe_for, run_folder, run_id, train_config, varied
 from patchmix_repro.core import InputError
 
 
@@ -47,7 +49,7 @@ def test_the_learning_rate_follows_the_batch():
     (dict(lr=0.0), "above 0"), (dict(drop_path=1.0), "below 1"), (dict(crop=0.0), "above 0"),
     (dict(grid=9), "grid 9 does not divide the 56 px"), (dict(grid=[7, 9]), "grid 9"), (dict(grid=0), "does not divide"), (dict(grid=()), "at least one"),
     (dict(resume="yes"), "bool"), (dict(precision="half"), "float32, bfloat16"), (dict(recipe="swim"), "did you mean 'swin'"),
-    (dict(augmentation="flip"), "timm policy"),
+    (dict(augmentation="flip"), "timm policy"), (dict(patch_share=1.5), "0 to 1"), (dict(per_image=1), "bool"),
     (dict(epochs=3, warmup_epochs=3), "never reaches the peak"), (dict(lr=1e-3, min_lr=1e-2), "lies above lr"),
 ])
 def test_impossible_values_name_the_remedy(given, words):
@@ -68,6 +70,36 @@ def test_a_later_field_leaves_old_names_alone():
     assert "warmup_prefix" not in identity(train_config()) and identity(train_config(scale="paper"))["warmup_prefix"] is True
 
 
+def test_an_open_choice_is_another_run_and_says_so():
+    usual = run_id(train_config())
+    for changed, words in (({"grid": (7, 14)}, "grid=(7, 14)"), ({"per_image": False}, "per_image=False"), ({"patch_share": 0.5}, "patch_share=0.5"), ({"label_smoothing": 0.0}, "label_smoothing=0.0")):
+        config = train_config(**changed)
+        assert run_id(config) != usual and varied(identity(config)) == words
+    assert not {"per_image", "patch_share"} & set(identity(train_config())) and varied(identity(train_config(seed=3, epochs=2))) == ""
+
+
+def test_papermill_gives_several_grids_as_words():
+    assert config_from({"grid": "7,14"}).grid == (7, 14)
+    with pytest.raises(InputError, match="grid"):
+        config_from({"grid": "7;14"})
+
+
+def test_one_mask_for_the_whole_batch():
+    plans = [mixer_for(train_config(mixing="patch", per_image=each), 9).draw((8, 3, 56, 56), torch.Generator().manual_seed(0)) for each in (True, False)]
+    distinct = [len(plan.mask.expand(8, -1).unique(dim=0)) for plan in plans]
+    assert distinct[0] > 1 and distinct[1] == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.5, 1.0])
+def test_the_share_of_the_switch(share):
+    "Patch Mixing gets its share of the batches, within four standard errors; the other two share the rest alike."
+    mixer, n = mixer_for(train_config(patch_share=share), 9), 900
+    assert sum(mixer.weights) == pytest.approx(1) and mixer.weights[0] == mixer.weights[1]
+    drawn = [type(mixer.draw((2, 3, 56, 56), torch.Generator().manual_seed(k))).__name__ for k in range(n)]
+    assert abs(drawn.count("PatchPlan") / n - share) <= 4 * (share * (1 - share) / n) ** 0.5
+    assert share < 1 or set(drawn) == {"PatchPlan"}
+
+
 def test_the_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         train_config().seed = 1
@@ -83,7 +115,7 @@ def test_the_name_ignores_places_and_nothing_else(seed, ratio, out, resume, work
 
 def test_every_field_is_in_the_hash_or_declared_a_place():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    unlike_old_runs = dict(model="deit", warmup_prefix=True, remixer=True, labels="dense:run", kappa_lr=2.0, token_labels=True, token_weight=1.0)
+    unlike_old_runs = dict(model="deit", warmup_prefix=True, remixer=True, labels="dense:run", kappa_lr=2.0, token_labels=True, token_weight=1.0, per_image=False, patch_share=0.5)
     assert set(identity(train_config(**unlike_old_runs))) == fields - set(PLACE)
     assert not {"remixer", "labels", "distance", "kappa_lr", "token_labels", "token_weight"} & set(identity(train_config()))
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchmix_repro import store
+from patchmix_repro.choices import CHOICES
 from patchmix_repro.core import InputError
 from patchmix_repro.plan import SUBSETS, Sweep, command, paper_steps, place_of, steps_of, sweep_of
 
@@ -76,8 +77,16 @@ def test_a_command_passes_every_parameter():
     assert words.startswith("papermill --no-progress-bar nbs/evaluate.ipynb x.ipynb ") and "-p limit None" in words and "-p root" not in words
 
 
+def test_open_choices_are_varied_one_at_a_time():
+    steps = steps_of(Sweep(subset="choices", seeds=2))
+    trained = [step.given for step in steps.values() if step.kind == "train"]
+    assert len(trained) == 2 * (1 + len(CHOICES)) and {step.kind for step in steps.values()} == {"train", "evaluate", "page"}
+    assert {name for name, step in steps.items() if step.kind == "evaluate"} < set(steps_of(Sweep(subset="choices", seeds=3)))
+    assert "-p grid 7,14 " in " ".join(command(step) for step in steps.values())
+
+
 @needs_snakemake
-@pytest.mark.parametrize("config, trainings", [(["scale=mini", "seeds=1"], 11), (["scale=paper"], 20)])
+@pytest.mark.parametrize("config, trainings", [(["scale=mini", "seeds=1"], 11), (["scale=paper"], 20), (["subset=choices"], 8)])
 def test_a_dry_run_lists_the_steps(config, trainings):
     done = snakemake("-n", "--config", *config, "folder=runs/never")
     assert done.returncode == 0, done.stderr[-2000:]
