@@ -91,6 +91,7 @@ def test_a_dry_run_lists_the_steps(config, trainings):
     done = snakemake("-n", "--config", *config, "folder=runs/never")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"^train\s+{trainings}$", done.stdout + done.stderr, re.MULTILINE)
+    assert f"{trainings} trainings see" in done.stderr and ("Measure convnext:" in done.stderr) == ("scale=paper" in config)
     assert not (ROOT / "runs" / "never").exists()
 
 
