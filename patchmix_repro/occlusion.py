@@ -109,7 +109,7 @@ def settings_of(
     true_share: float = 0.0,  # of the image that is lost
 ) -> dict:  # kind, x, share, grid, true_share and all fields
     "All that defines a condition, as JSON holds it."
-    held = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(condition).items()}
+    held = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(condition).items() if v is not None}
     return {"kind": condition.kind, "grid": None} | held | {"x": float(x), "share": float(share), "true_share": float(true_share)}
 
 # %% ../nbs/08_occlusion.ipynb #4f120c46
@@ -288,9 +288,9 @@ def condition_from(
     "The condition that has these settings."
     kind = choose("condition", settings.get("kind"), CONDITIONS)
     names = [field.name for field in fields(kind)]
-    if missing := [name for name in names if name not in settings]:
+    if missing := [field.name for field in fields(kind) if field.default is not None and field.name not in settings]:
         raise InputError(f"the settings of {kind.kind} lack {', '.join(missing)}. Give all of {', '.join(names)}.")
-    return kind(**{name: tuple(v) if isinstance(v := settings[name], list) else v for name in names})
+    return kind(**{name: tuple(v) if isinstance(v := settings.get(name), list) else v for name in names})
 
 # %% ../nbs/08_occlusion.ipynb #1604fd0e
 def paper_grid(

@@ -37,7 +37,8 @@ def occluders_of(
 @lru_cache(maxsize=2**16)
 def _planned(paste, frame, sample):
     p = paste
-    return plan_occlusion(occluders_of(p.occluders), frame, p.area, p.number, p.mixed, p.rule, p.seed, sample)
+    angles, positions = (None if one is None else (one,) * p.number for one in (p.angle, p.position))
+    return plan_occlusion(occluders_of(p.occluders), frame, p.area, p.number, p.mixed, p.rule, p.seed, sample, angles, positions)
 
 # %% ../nbs/08a_smd.ipynb #68806a39
 def _drawn(ids, frame, plan, occluders):
@@ -69,9 +70,11 @@ def check_paste(
 ):
     "Refuse a condition with an impossible field."
     check_occlusion(paste.area, paste.number, paste.rule)
-    for name, hint in (("occluders", str), ("mixed", bool), ("seed", int)):
+    for name, hint in (("occluders", str), ("mixed", bool), ("seed", int), ("angle", float | None), ("position", tuple[float, float] | None)):
         if not fits(getattr(paste, name), hint):
-            raise InputError(f"{name} is {getattr(paste, name)!r}; allowed is {hint.__name__}. Correct its value.")
+            raise InputError(f"{name} is {getattr(paste, name)!r}; allowed is {getattr(hint, '__name__', hint)}. Correct its value.")
+    if paste.position is not None and not all(0 <= share <= 1 for share in paste.position):
+        raise InputError(f"position {paste.position!r} lies outside of the image. Give the centre as shares of width and height, 0 to 1, such as (0.5, 0.5).")
 
 # %% ../nbs/08a_smd.ipynb #e39a14c5
 CHUNK = 16  # images that another process draws at a time
@@ -137,6 +140,8 @@ class Paste:
     mixed: bool = False  # of any kind; False: one kind an image
     rule: str = "keep"  # "keep": the aspect ratio stays; "published": it is squared, as in SMD's scripts
     seed: int = 0  # of the draw
+    angle: float | None = None  # degrees that every cut-out is turned, counter-clockwise; None: drawn, -180 ... 180
+    position: tuple[float, float] | None = None  # centre of every cut-out, shares of width and height; None: drawn
 
     kind, needs, __post_init__ = "paste", (), check_paste
 
@@ -144,6 +149,8 @@ class Paste:
     def name(self) -> str:
         "Such as paste-embedded-20."
         more = [f"x{self.number}"] * (self.number > 1) + ["mixed"] * self.mixed + [self.rule] * (self.rule != "keep")
+        more += [] if self.angle is None else [f"turned{self.angle:g}"]
+        more += [] if self.position is None else ["at{:g}x{:g}".format(*self.position)]
         return name_of(self.kind, Path(self.occluders).name, float(self.area), *more, seed=self.seed)
 
     def settings(self) -> dict:

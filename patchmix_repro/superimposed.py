@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INFO', 'BLOCK', 'Original', 'originals', 'encode', 'settings_row', 'info_row', 'rebuild', 'read_info', 'write_smd',
-           'OccludeConfig', 'source_images', 'reached', 'examples']
+           'settle_position', 'OccludeConfig', 'source_images', 'reached', 'examples']
 
 # %% ../nbs/08b_superimposed.ipynb #582e0d5a
 import io
@@ -92,7 +92,7 @@ def settings_row(
     paste: Paste,  # the condition
 ) -> dict:  # occluders, area, number, mixed, rule, seed, occluders_sha256
     "The part of a row that all rows of a set share."
-    return {**vars(paste), "occluders_sha256": paste.settings()["occluders_sha256"]}
+    return {**{name: value for name, value in vars(paste).items() if value is not None}, "occluders_sha256": paste.settings()["occluders_sha256"]}
 
 # %% ../nbs/08b_superimposed.ipynb #13e3e515
 def info_row(
@@ -202,6 +202,17 @@ def write_smd(
     info = read_info(folder)
     return info[info.id.isin([o.id for o in chosen])].reset_index(drop=True)
 
+# %% ../nbs/08b_superimposed.ipynb #9d5316c3
+def settle_position(
+    words: str,  # two numbers, "0.5,0.5"
+) -> tuple[float, float]:
+    "A place in the image from a run notebook's parameter, which is a word."
+    try:
+        x, y = map(float, words.split(","))
+    except ValueError:
+        raise InputError(f"position {words!r} is no place. Give the centre as shares of width and height, such as '0.5,0.5'.") from None
+    return x, y
+
 # %% ../nbs/08b_superimposed.ipynb #5b73d171
 @dataclass(frozen=True)
 class OccludeConfig:
@@ -215,6 +226,8 @@ class OccludeConfig:
     mixed: bool = False  # of any kind; False: one kind an image
     rule: Literal["keep", "published"] = "keep"  # of resizing
     limit: int | None = 200  # of pictures; None: all
+    angle: float | None = None  # degrees that every cut-out is turned; None: drawn
+    position: str | None = None  # their centre as shares of width and height, "0.5,0.5"; None: drawn
     seed: int = 0  # of every draw
     out: str | None = None  # the run's folder; None: runs/<id>
 
@@ -224,7 +237,8 @@ class OccludeConfig:
     @property
     def paste(self) -> Paste:
         "What is pasted."
-        return Paste(self.occluders, self.area, self.number, self.mixed, self.rule, self.seed)
+        position = None if self.position is None else settle_position(self.position)
+        return Paste(self.occluders, self.area, self.number, self.mixed, self.rule, self.seed, self.angle, position)
 
 # %% ../nbs/08b_superimposed.ipynb #8d8c685d
 def source_images(

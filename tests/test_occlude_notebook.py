@@ -153,7 +153,7 @@ def test_streamed_sets_keep_the_size_of_a_photograph(photos, tmp_path):
 
 # ---- the data set ----
 
-@pytest.mark.parametrize("paste, masks", [(Paste(area=0.3), "png"), (Paste(area=0.2, number=3, mixed=True, rule="published", seed=7), "npy")])
+@pytest.mark.parametrize("paste, masks", [(Paste(area=0.3), "png"), (Paste(area=0.2, number=3, mixed=True, rule="published", seed=7), "npy"), (Paste(area=0.1, angle=30.0, position=(0.5, 0.25)), "png")])
 def test_every_file_is_rebuilt_byte_for_byte(photos, drawings, tmp_path, paste, masks):
     for images, limit in ((photos, None), (drawings, 5)):
         folder = tmp_path / f"set {limit}"
@@ -320,9 +320,9 @@ def test_the_notebook_is_short_and_all_its_parameters_are_fields():
 
 
 def test_the_notebook_occludes_a_folder(photos, tmp_path):
-    notebook = run(tmp_path, images=str(photos), area=0.3, number=2, limit=3)
+    notebook = run(tmp_path, images=str(photos), area=0.3, number=2, limit=3, angle=45, position="0.5,0.5")
     info = read_info(tmp_path / "run")
-    assert len(info) == 3 and (info.area == 0.3).all() and len(tree(tmp_path / "run")) == 7
+    assert len(info) == 3 and (info.area == 0.3).all() and (info.angle == 45).all() and len(tree(tmp_path / "run")) == 7
     shown = [o.data for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert sum("image/png" in data for data in shown) == 1 and any("asked" in data.get("text/html", "") for data in shown)
 
@@ -346,6 +346,7 @@ def test_a_wrong_parameter_stops_papermill(tmp_path):
 @pytest.mark.parametrize("given, words", [
     (dict(limit="many"), "limit is 'many', a str; allowed is int | None"), (dict(area="0.3"), "allowed is float"), (dict(area=30), "above 0, below 1"),
     (dict(rule="squared"), "Allowed: keep, published"), (dict(occluder="embedded"), "did you mean 'occluders'"), (dict(mixed="yes"), "allowed is bool"),
+    (dict(position="left"), "'left' is no place"), (dict(position="0.5,2"), "outside of the image"), (dict(angle="flat"), "allowed is float | None"),
 ])
 def test_wrong_values_name_the_remedy(given, words):
     with pytest.raises(InputError) as error:
