@@ -111,6 +111,16 @@ def test_a_cluster_profile_names_only_rules_of_the_graph(profile):
 
 
 @needs_snakemake
+@pytest.mark.parametrize("profile, needs", [("slurm", "snakemake_executor_plugin_slurm"), ("kubernetes", "snakemake_executor_plugin_kubernetes")])
+def test_a_dry_run_on_a_cluster(profile, needs):
+    if importlib.util.find_spec(needs) is None:
+        pytest.skip(f"{needs} is not installed; the extra 'cluster' brings it")
+    done = snakemake("-n", "--workflow-profile", f"workflow/profiles/{profile}", "--config", "subset=smoke", "folder=runs/never")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"^train\s+2$", done.stdout + done.stderr, re.MULTILINE)
+
+
+@needs_snakemake
 def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
     folder = tmp_path / "sweep"
     arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
