@@ -248,7 +248,7 @@ def paper_steps(
     tokens = [train_step(wide, "remixer_tokens", side, sweep.first) for side in recipes_of("remixer_tokens")]
     narrow = dataclasses.replace(sweep, data="imagenet9", subset="full", precision="auto")
     remixed, measured = [], []
-    for page in ("remixer_backgrounds", "remixer_kernels"):
+    for page in ("remixer_backgrounds", "remixer_convit", "remixer_kernels"):
         for model, recipe in recipes_of(page):
             remixed.append(step := train_step(narrow, page, (model, recipe.replace("mask", "saliency")), sweep.first))
             measured += [measure_step(dataclasses.replace(narrow, data="backgrounds"), "backgrounds", step), measure_step(narrow, "shifted", step)]

@@ -61,7 +61,8 @@ def _remixer(claims, rows):
 
 # %% ../nbs/15h_report_card.ipynb #d5efe891
 PAGES = {page: Page("Patch Mixing", claims, load_selectivity if page == "selectivity_table" else load_battery) for page, claims in PAGE_CLAIMS.items()} | {
-    "remixer_backgrounds": _remixer(lambda: background_claims() + convit_claims(), _remixed("mask", "dense")),
+    "remixer_backgrounds": _remixer(background_claims, _remixed("mask", "dense")),
+    "remixer_convit": _remixer(convit_claims, _remixed("dense")),
     "remixer_kappa": _remixer(kappa_claims, lambda folder, data, scale: kappa_quarters(kappa_runs(folder), data, scale)),
     "remixer_maps": _remixer(map_claims, _remixed("mask", "dense", only=["object share"])),
     "remixer_shifted": _remixer(shifted_claims, _remixed("mask")),
