@@ -35,13 +35,13 @@ class Subset(NamedTuple):
     explain: int  # images of c-RISE, per set; 0: no c-RISE
     masks: int  # of c-RISE
     backgrounds: int | None  # objects of the Background Challenge
-    relevance: int | None  # objects of the relevance maps
+    relevance: int | None  # objects of the relevance maps; 0: none
     max_steps: int | None = None  # of a training
     choices: tuple[str, ...] = ()  # of `choices.CHOICES`: the open choices that are varied, on ConvNeXt
 
 # %% ../nbs/16_plan.ipynb #e16bcea5
 SUBSETS = {
-    "smoke": Subset(("deit",), ("timm", "remixer mask"), ("replacement", "remixer_kappa", "remixer_maps", "report"), 16, 2, 8, 16, 8, 2),
+    "smoke": Subset(("deit",), ("timm", "remixer mask"), ("replacement", "remixer_kappa", "report"), 16, 2, 8, 16, 0, 2),
     "listed": Subset(("convnext", "swin", "deit", "mixer", "convmixer"), ("timm", "switch", "plain", "remixer mask"), None, 1000, 20, 500, 1000, 100),
     "full": Subset(None, None, None, None, 100, 500, None, 500, choices=tuple(CHOICES)),
     "choices": Subset(("convnext",), ("switch",), ("choices",), 1000, 0, 0, 0, 0, choices=tuple(CHOICES)),
