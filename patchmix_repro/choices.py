@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from . import store
 
 from .claims import rows_of
-from .config import run_id, train_config, varied
+from .config import identity, run_id, train_config, varied
+from .core import InputError
 from .curves import absent
 from .plots import MODEL_COLOUR, style
 from .stats import compare_seeds, holm
@@ -62,8 +63,13 @@ def choice_accuracies(
     records = records.reindex(columns=[*records, *({"config.varied", "config.mixing", "config.model", "config.scale", "config.data", "config.train_seed"} - set(records))])
     mine = records["kind"].eq("battery") & records["config.mixing"].eq("switch") & records["config.model"].eq(model) & records["config.data"].eq(data) & records["config.scale"].eq(scale)
     found = records.loc[mine, ["run_id", "config.varied", "config.train_seed"]].set_axis(["run_id", "varied", "seed"], axis=1)
-    rows = rows_of(folder, "battery", "conditions", found.assign(varied=found["varied"].fillna(""), seed=found["seed"].astype(int)))
-    return rows.reindex(columns=["varied", "seed", "condition", "n", "accuracy"])
+    words = found["varied"].astype(object).where(found["varied"].notna(), "")
+    rows = rows_of(folder, "battery", "conditions", found.assign(varied=words, seed=found["seed"].astype(int))).reindex(columns=["varied", "seed", "condition", "n", "accuracy"])
+    if (twice := rows.duplicated(["varied", "seed", "condition"])).any():
+        raise InputError(f"the store holds two batteries of one training, of seed {rows.loc[twice, 'seed'].iloc[0]} with {rows.loc[twice, 'varied'].iloc[0] or 'the recipe'}. Keep one.")
+    if rows["n"].nunique() > 1:
+        raise InputError(f"batteries of {', '.join(map(str, sorted(rows['n'].unique())))} images cannot be compared. Measure all with one limit.")
+    return rows
 
 # %% ../nbs/15l_choices.ipynb #e652aaa9
 def choice_effects(
@@ -73,7 +79,7 @@ def choice_effects(
     table = []
     usual = rows[rows["varied"].eq("")]
     for choice, given in CHOICES.items():
-        mine = rows[rows["varied"].eq(varied({"model": "convnext", "scale": "mini", "data": "shapes9", "mixing": "switch"} | given))]
+        mine = rows[rows["varied"].eq(varied(identity(train_config(**given))))]
         for test, condition in TESTS.items():
             a, b = (part.loc[part["condition"].eq(condition), "accuracy"].to_numpy(float) for part in (mine, usual))
             difference = a.mean() - b.mean() if len(a) and len(b) else np.nan

@@ -204,6 +204,9 @@ def _check(config):
             choose(name, value, CHOICES[name])
         if value is not None and name in RULES and not RULES[name][0](value):
             raise InputError(f"{name} is {value!r}; allowed: {RULES[name][1]}. Correct its value.")
+    for name, usual, users in (("per_image", True, ("patch", "switch")), ("patch_share", 1 / 3, ("switch",))):
+        if getattr(config, name) != usual and config.mixing not in users:
+            raise InputError(f"{name} with mixing {config.mixing!r} changes nothing. Leave it out, or set mixing to {' or '.join(users)}.")
     size, grids = IMAGE_SIZE[config.scale], config.grid if isinstance(config.grid, tuple) else (config.grid,)
     if not grids:
         raise InputError("grid () is empty. Give at least one number of patches per side, such as 7.")
@@ -243,8 +246,10 @@ def train_config(
     "Check the given fields and fill the open ones from the recipe; its learning rate follows the batch size, its warm-up takes at most half the epochs."
     for name in given:
         choose("parameter", name, [f.name for f in dataclasses.fields(TrainConfig)])
-    lists = {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
-    config = TrainConfig(**(given | lists))
+    given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+    if isinstance(grid := given.get("grid"), tuple) and len(grid) == 1:
+        given["grid"] = grid[0]
+    config = TrainConfig(**given)
     _check(config)
     recipe = recipe_for(config.model, config.scale, config.recipe)
     recipe["lr"] *= (config.batch_size or recipe["batch_size"]) / recipe["batch_size"]
@@ -262,7 +267,9 @@ def config_from(
     shell = {"In", "Out", "exit", "quit"}
     plain = (str, int, float, bool, list, tuple, dict, set, type(None))
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in shell and isinstance(v, plain)}
-    if isinstance(grid := given.get("grid"), str) and re.fullmatch(r"\d+(,\d+)+", grid):  # papermill's -p has no lists
+    if isinstance(grid := given.get("grid"), str):  # papermill's -p has no lists
+        if not re.fullmatch(r" *\d+ *(, *\d+ *)*", grid):
+            raise InputError(f"grid {grid!r} is no number of patches. Give one, such as 7, or several, such as 7,14.")
         given["grid"] = tuple(map(int, grid.split(",")))
     return train_config(**given)
 
@@ -301,5 +308,5 @@ def varied(
 ) -> str:  # such as "grid=14"; "" for the recipe's own values
     "What a training does otherwise than the recipe with Patch Mixing."
     usual = train_config(**{name: config[name] for name in ("model", "scale", "data", "mixing")}, recipe=config.get("recipe", "auto"))
-    given = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in VARIED if name in config}
+    given = {name: tuple(sorted(config[name])) if isinstance(config[name], (list, tuple)) else config[name] for name in VARIED if name in config}
     return ", ".join(f"{name}={value}" for name, value in given.items() if value != getattr(usual, name))

@@ -46,24 +46,27 @@ def times_by_kind(
 def file_times(
     sweep: Sweep,  # whose steps have all run
 ) -> Path:  # of the record
-    "File the times of a sweep as a record; `store.publish` copies it from there."
+    "File the times of a sweep as a record, which `store.publish` copies; wall_minutes run from the first step's start to the last one's end, pauses included."
     times = step_times(sweep)
     if lacking := set(steps_of(sweep)) - set(times["step"]):
         raise InputError(f"{len(lacking)} steps have not run, {sorted(lacking)[0]} among them. Run snakemake again.")
     setting = {"data": sweep.data, "scale": sweep.scale, "subset": sweep.subset, "first": sweep.first, "seeds": sweep.seeds, "precision": sweep.precision}
-    metrics = {"minutes": float(times["minutes"].sum()), "wall_minutes": float((times["start"] + times["minutes"]).max()), "memory_gb": float(times["memory"].max())}
+    metrics = {"minutes": float(times["minutes"].sum()), "wall_minutes": float((times["start"] + times["minutes"]).max())}
+    metrics |= {"memory_gb": float(times["memory"].max())} if times["memory"].notna().any() else {}
+    for old in (place := Path(place_of(sweep)) / "times").glob("*.parquet"):
+        old.unlink()
     record = store.new_record("sweep", setting, seed=sweep.first, data={}, metrics=metrics, tables={"steps": times})
-    return store.append(record, Path(place_of(sweep)) / "times")
+    return store.append(record, place)
 
 # %% ../nbs/16a_costs.ipynb #b343a007
-TRAIN_IMAGES = {"shapes9": 4050, "imagenet": 1_281_167, "imagenet9": 45_405}  # of the training split; the last two as published, before our val is cut
+TRAIN_IMAGES = {"shapes9": 4050, "caltech9": 1681, "imagenet": 1_281_167, "imagenet9": 45_405}  # of the training split; the last two as published, before our val is cut
 
 # %% ../nbs/16a_costs.ipynb #a122cf39
 def training_costs(
     steps: Iterable[Step],  # from `steps_of`
     *folders: str | Path,  # stores with records of trainings
 ) -> pd.DataFrame:  # step, images, images_per_s, hours; NaN where nothing was measured
-    "What trainings cost on the machine of the records."
+    "What trainings cost on the machine of the records; a speed is that of the same network at the same scale, whatever its data."
     records = pd.concat([store.read(folder) for folder in folders], ignore_index=True)
     records = records.reindex(columns=[*records, *({"config.remixer", "timings.images_per_s", "config.model", "config.scale"} - set(records))])
     rows = []
@@ -84,11 +87,13 @@ def price(
     "Images and hours of a sweep's trainings, by the speeds in results/ and in the sweep's folder speed."
     stores = [project_root() / "results", *sorted(Path(sweep.folder).glob("speed/*/records"))]
     trained = [step for step in steps if step.kind == "train"]
-    costs = training_costs(trained, *stores)
-    unknown = {(step.given["model"], bool(step.given.get("remixer"))) for step, hours in zip(trained, costs["hours"]) if np.isnan(hours)}
-    lines = [f"{len(costs)} trainings see {costs['images'].sum() / 1e6:,.1f} million images.",
-             f"At the measured speeds {costs['hours'].notna().sum()} of them take {costs['hours'].sum():.1f} hours."]
-    lines += [f"Measure {model}: papermill nbs/train.ipynb out.ipynb -p model {model} -p scale {sweep.scale} -p max_steps 100" + " -p mixing timm -p remixer True" * remixed + f" -p out {sweep.folder}/speed/{model}" + "-remixer" * remixed for model, remixed in sorted(unknown)]
+    costs, names = training_costs(trained, *stores), ("model", "data", "scale", "mixing", "remixer", "labels", "token_labels", "precision", "root")
+    slow = {(step.given["model"], bool(step.given.get("remixer"))): step.given for step, speed in zip(trained, costs["images_per_s"]) if np.isnan(speed)}
+    lines = [f"{len(costs)} trainings see {costs['images'].sum() / 1e6:,.1f} million images." if costs["images"].notna().all() else f"{len(costs)} trainings of {sweep.data}, whose images are not counted before it is read."]
+    lines.append(f"At the measured speeds {costs['hours'].notna().sum()} of them take {costs['hours'].sum():.1f} hours.")
+    for (model, remixed), given in sorted(slow.items()):
+        words = " ".join(f"-p {name} {given[name]}" for name in names if given.get(name) is not None)
+        lines.append(f"No speed of {model}{' with ReMixer' * remixed}: papermill nbs/train.ipynb out.ipynb {words} -p max_steps 100 -p out {sweep.folder}/speed/{model}{'-remixer' * remixed}")
     return "\n".join(lines)
 
 # %% ../nbs/16a_costs.ipynb #885a40a4

@@ -65,6 +65,6 @@ def file_all_sheets(
     "File everything that the pages picture; what is on file stays."
     filed = {"examples": file_examples(open_networks(config.answers, ""), folder, config.seed), "backgrounds": file_variant_sheet(folder, config.data, root=config.root, seed=config.seed)}
     if config.maps:
-        networks = {caption_of(network).removesuffix(" Original"): network for network in open_networks(config.maps, "").values()}
+        networks = {caption_of(network).removesuffix(" Original"): network for network in open_networks(config.maps, "", remixed=True).values()}
         filed["relevance"] = file_relevance_sheet(networks, folder, config.data, config.root, seed=config.seed)
     return pd.DataFrame({"sheet": list(filed), "on_file": [part is None for part in filed.values()]})

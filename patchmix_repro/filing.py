@@ -94,7 +94,8 @@ def training_record(
     metrics = {f"test_{name}": table.estimate[name] for name in table.index} | {"test_images": len(rows), "val_accuracy": history.val_accuracy.iloc[-1]}
     seconds = float(history.seconds.sum())
     timings = {"seconds": seconds, "images_per_s": float(history.step.iloc[-1] * run.config.batch_size / seconds)}
-    record = store.new_record("train", identity(run.config), run_id=run_id(run.config), seed=run.config.seed, data=manifests, metrics=metrics,
+    other = {"varied": words} if run.config.mixing in ("patch", "switch") and (words := varied(identity(run.config))) else {}
+    record = store.new_record("train", identity(run.config) | other, run_id=run_id(run.config), seed=run.config.seed, data=manifests, metrics=metrics,
                             timings=timings, tables={"history": history, "images": rows, **(more or {})}, attachments=attachments)
     record["provenance"]["training"] = json.loads((checkpoints(run.folder)[-1] / "state.json").read_text())["made"]
     return record

@@ -184,7 +184,7 @@ def steps_of(
     sweep: Sweep,  # from `sweep_of`
 ) -> dict[str, Step]:  # by name; a step stands behind those it reads
     "Every step of a sweep, each once."
-    trained, measured = {}, {}
+    trained, measured, chosen = {}, {}, []
     for seed in range(sweep.first, sweep.first + sweep.seeds):
         for page, measure in MEASURED_BY.items():
             for side in recipes_of(page, sweep.subset):
@@ -193,9 +193,10 @@ def steps_of(
                 if measure and getattr(SUBSETS[sweep.subset], measure, None) != 0 and (measure != "shifted" or sweep.data in SHIFTED):
                     after = measure_step(sweep, measure, step)
                     measured[after.name] = after
-        for step in choice_steps(sweep, seed):
-            (trained if step.kind == "train" else measured)[step.name] = step
+        chosen += choice_steps(sweep, seed)
     sheets = {step.name: step for step in sheets_step(sweep, list(trained.values()))}
+    trained |= {step.name: step for step in chosen if step.kind == "train"}
+    measured |= {step.name: step for step in chosen if step.kind != "train"}
     pages = {step.name: step for step in page_steps(sweep, (*trained, *measured, *sheets))}
     return trained | measured | sheets | pages
 

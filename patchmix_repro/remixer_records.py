@@ -46,7 +46,7 @@ _FIELDS = {"remixer": False, "labels": "none", "token_labels": False}
 # %% ../nbs/14d_remixer_records.ipynb #23188bf1
 def _records(folder):
     records = store.read(folder)
-    fields = ["model", "scale", "data", "mixing", "train_data", "train_seed", "run_id", *_FIELDS]
+    fields = ["model", "scale", "data", "mixing", "train_data", "train_seed", "run_id", "varied", *_FIELDS]
     records = records.reindex(columns=[*records.columns, *(f"config.{name}" for name in fields if f"config.{name}" not in records)])
     return records.rename(columns={f"config.{name}": f"config_{name}" for name in fields})
 
@@ -54,8 +54,9 @@ def _records(folder):
 def trainings(
     folder: str | Path,  # a store
 ) -> pd.DataFrame:  # index run_id; model, scale, train_data, mixing, seed, remixer, trained (labels), token_labels, accuracy, n
-    "The records of trainings, older ones included."
+    "The records of trainings by the recipes, older ones included."
     records = _records(folder)
+    records = records[records["config_varied"].isna()]
     rows = records[records["kind"].eq("train")].reindex(columns=[*records.columns, *({"metrics.test_top1", "metrics.test_images"} - set(records))])
     found = rows[["run_id", "config_model", "config_scale", "config_data", "config_mixing", "seed"]].set_axis(["run_id", "model", "scale", "train_data", "mixing", "seed"], axis=1)
     for name, absent in _FIELDS.items():

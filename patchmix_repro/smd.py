@@ -75,6 +75,9 @@ def check_paste(
             raise InputError(f"{name} is {getattr(paste, name)!r}; allowed is {getattr(hint, '__name__', hint)}. Correct its value.")
     if paste.position is not None and not all(0 <= share <= 1 for share in paste.position):
         raise InputError(f"position {paste.position!r} lies outside of the image. Give the centre as shares of width and height, 0 to 1, such as (0.5, 0.5).")
+    for name, form in (("angle", float), ("position", lambda place: tuple(map(float, place)))):
+        if getattr(paste, name) is not None:
+            object.__setattr__(paste, name, form(getattr(paste, name)))  # one form, whole numbers too
 
 # %% ../nbs/08a_smd.ipynb #e39a14c5
 CHUNK = 16  # images that another process draws at a time
@@ -149,8 +152,8 @@ class Paste:
     def name(self) -> str:
         "Such as paste-embedded-20."
         more = [f"x{self.number}"] * (self.number > 1) + ["mixed"] * self.mixed + [self.rule] * (self.rule != "keep")
-        more += [] if self.angle is None else [f"turned{self.angle:g}"]
-        more += [] if self.position is None else ["at{:g}x{:g}".format(*self.position)]
+        more += [] if self.angle is None else [f"turned{self.angle:.12g}"]
+        more += [] if self.position is None else ["at{:.12g}x{:.12g}".format(*self.position)]
         return name_of(self.kind, Path(self.occluders).name, float(self.area), *more, seed=self.seed)
 
     def settings(self) -> dict:

@@ -175,7 +175,7 @@ def _open(path):
     return part, row
 
 # %% ../nbs/03_store.ipynb #0cdc5f99
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _opened(path, stamp):
     return _open(path)
 

@@ -90,9 +90,10 @@ def encode(
 # %% ../nbs/08b_superimposed.ipynb #e79d3ec3
 def settings_row(
     paste: Paste,  # the condition
-) -> dict:  # occluders, area, number, mixed, rule, seed, occluders_sha256
+) -> dict:  # occluders, area, number, mixed, rule, seed, angle and position (text; empty where drawn), occluders_sha256
     "The part of a row that all rows of a set share."
-    return {**{name: value for name, value in vars(paste).items() if value is not None}, "occluders_sha256": paste.settings()["occluders_sha256"]}
+    words = {"angle": "" if paste.angle is None else str(paste.angle), "position": ",".join(map(str, paste.position or ()))}
+    return {**vars(paste), **words, "occluders_sha256": paste.settings()["occluders_sha256"]}
 
 # %% ../nbs/08b_superimposed.ipynb #13e3e515
 def info_row(
@@ -142,7 +143,7 @@ def read_info(
     folder: str | Path,  # made by `write_smd`
 ) -> pd.DataFrame:  # one row a picture
     "The table of an occluded set, with its types."
-    text = dict.fromkeys(("image", "mask", "class", "kind", "original_sha256", "image_sha256", "mask_sha256", "occluders", "occluders_sha256", "rule", "pieces"), str)
+    text = dict.fromkeys(("image", "mask", "class", "kind", "original_sha256", "image_sha256", "mask_sha256", "occluders", "occluders_sha256", "rule", "angle", "position", "pieces"), str)
     try:
         return pd.read_csv(Path(folder) / INFO, dtype=text | {"object_fraction": float}, keep_default_na=False, na_values={"object_fraction": [""]})
     except FileNotFoundError as error:
@@ -150,7 +151,8 @@ def read_info(
 
 # %% ../nbs/08b_superimposed.ipynb #bd2a10ca
 def _differences(info, chosen, paste, masks):
-    yield from (name for name, value in settings_row(paste).items() if (info[name] != value).any())
+    drawn = pd.Series("", index=info.index)  # older sets have no angle and position
+    yield from (name for name, value in settings_row(paste).items() if (info.get(name, drawn) != value).any())
     if not info["mask"].str.endswith(f".{masks}").all():
         yield "masks"
     rows = info.set_index("id")

@@ -50,6 +50,7 @@ def test_the_learning_rate_follows_the_batch():
     (dict(grid=9), "grid 9 does not divide the 56 px"), (dict(grid=[7, 9]), "grid 9"), (dict(grid=0), "does not divide"), (dict(grid=()), "at least one"),
     (dict(resume="yes"), "bool"), (dict(precision="half"), "float32, bfloat16"), (dict(recipe="swim"), "did you mean 'swin'"),
     (dict(augmentation="flip"), "timm policy"), (dict(patch_share=1.5), "0 to 1"), (dict(per_image=1), "bool"),
+    (dict(mixing="timm", patch_share=0.5), "changes nothing"), (dict(mixing="none", per_image=False), "changes nothing"),
     (dict(epochs=3, warmup_epochs=3), "never reaches the peak"), (dict(lr=1e-3, min_lr=1e-2), "lies above lr"),
 ])
 def test_impossible_values_name_the_remedy(given, words):
@@ -79,8 +80,8 @@ def test_an_open_choice_is_another_run_and_says_so():
 
 
 def test_papermill_gives_several_grids_as_words():
-    assert config_from({"grid": "7,14"}).grid == (7, 14)
-    with pytest.raises(InputError, match="grid"):
+    assert config_from({"grid": "7, 14"}).grid == (7, 14) and config_from({"grid": "14"}).grid == train_config(grid=[14]).grid == 14
+    with pytest.raises(InputError, match="several, such as 7,14"):
         config_from({"grid": "7;14"})
 
 

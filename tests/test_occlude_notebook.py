@@ -244,7 +244,7 @@ def test_a_killed_run_leaves_whole_files_and_goes_on(drawings, tmp_path, monkeyp
 def test_a_folder_with_another_set_is_refused(drawings, photos, tmp_path):
     write_smd(drawings, tmp_path / "set", Paste(), limit=3)
     before = tree(tmp_path / "set")
-    for paste, word in ((Paste(area=0.3), "area"), (Paste(number=2), "number"), (Paste(rule="published"), "rule"), (Paste(mixed=True), "mixed")):
+    for paste, word in ((Paste(area=0.3), "area"), (Paste(number=2), "number"), (Paste(rule="published"), "rule"), (Paste(mixed=True), "mixed"), (Paste(angle=45), "angle"), (Paste(position=(0.5, 0.5)), "position")):
         with pytest.raises(StoreError, match=f"other .*{word}.*Choose another folder"):
             write_smd(drawings, tmp_path / "set", paste, limit=3)
     with pytest.raises(StoreError, match="other masks"):
@@ -258,6 +258,22 @@ def test_a_folder_with_another_set_is_refused(drawings, photos, tmp_path):
         write_smd(photos, photos / "out")
     with pytest.raises(DataError, match="no occlusion_info.csv"):
         read_info(tmp_path)
+
+
+def test_a_turned_and_placed_set_goes_on_and_takes_no_others(drawings, tmp_path):
+    there = Paste(angle=45, position=(0.5, 0.25))
+    few, more = write_smd(drawings, tmp_path / "set", there, limit=3), write_smd(drawings, tmp_path / "set", there, limit=5)
+    assert set(few.id) < set(more.id) and (read_info(tmp_path / "set").position == "0.5,0.25").all()
+    with pytest.raises(StoreError, match="other angle, position"):
+        write_smd(drawings, tmp_path / "set", Paste(), limit=6)
+
+
+def test_a_set_from_before_angle_and_position_goes_on(drawings, tmp_path):
+    whole = write_smd(drawings, tmp_path / "a", limit=4)
+    write_smd(drawings, tmp_path / "b", limit=2)
+    table = tmp_path / "b" / "occlusion_info.csv"
+    pd.read_csv(table, keep_default_na=False).drop(columns=["angle", "position"]).to_csv(table, index=False)
+    assert write_smd(drawings, tmp_path / "b", limit=4).image_sha256.tolist() == whole.image_sha256.tolist()
 
 
 def test_more_pictures_join_a_set(drawings, tmp_path):
@@ -322,7 +338,7 @@ def test_the_notebook_is_short_and_all_its_parameters_are_fields():
 def test_the_notebook_occludes_a_folder(photos, tmp_path):
     notebook = run(tmp_path, images=str(photos), area=0.3, number=2, limit=3, angle=45, position="0.5,0.5")
     info = read_info(tmp_path / "run")
-    assert len(info) == 3 and (info.area == 0.3).all() and (info.angle == 45).all() and len(tree(tmp_path / "run")) == 7
+    assert len(info) == 3 and (info.area == 0.3).all() and (info.angle == "45.0").all() and (info.position == "0.5,0.5").all() and len(tree(tmp_path / "run")) == 7
     shown = [o.data for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert sum("image/png" in data for data in shown) == 1 and any("asked" in data.get("text/html", "") for data in shown)
 

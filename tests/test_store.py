@@ -153,12 +153,21 @@ def spoil_edited(part):
     pq.write_table(edited.replace_schema_metadata(pq.read_metadata(part).metadata), part)
 
 
+def test_what_a_reader_does_to_its_rows_stays_with_it(tmp_path):
+    store.append(record(0), tmp_path)
+    first, table = store.read(tmp_path), store.read_table(tmp_path, "images")
+    first.loc[0, "run_id"], table["correct"] = "other", False
+    first["provenance"][0].clear()
+    again = store.read(tmp_path)
+    assert again["run_id"][0] != "other" and again["provenance"][0] and store.read_table(tmp_path, "images")["correct"].any()
+
+
 @pytest.mark.parametrize("spoil, word", [
     (spoil_torn, "torn"), (spoil_empty, "torn"), (spoil_foreign, "foreign"), (spoil_renamed, "renamed"), (spoil_edited, "altered"),
 ])
 def test_a_spoilt_part_is_named_and_never_read(tmp_path, spoil, word):
     good, bad = store.append(record(0), tmp_path), store.append(record(1), tmp_path)
-    assert store.verify(tmp_path).empty
+    assert store.verify(tmp_path).empty and len(store.read(tmp_path)) == 2
     spoil(bad)
     problems = store.verify(tmp_path)
     assert len(problems) == 1 and word in problems["problem"][0] and problems["part"][0] != good.name

@@ -52,7 +52,7 @@ def test_battery(benchmark, device, tmp_path, name):
     times = [(seconds(lambda k=k: evaluate(model, dataset, conditions, seed=k, out=tmp_path / str(k), **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions))))
              for k in range(rounds)]
     ratios = [forward / ours for ours, forward in times]
-    again, forward = seconds(lambda: evaluate(model, dataset, conditions, seed=0, **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions)))
+    again, forward = seconds(lambda: evaluate(model, dataset, conditions, seed=0, out=tmp_path / "again", **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions)))
     benchmark.extra_info.update(
         threads=torch.get_num_threads(), device=device.type, batch_size=batch_size, conditions=len(conditions), images=n, side=side,
         images_per_s=n * len(conditions) / statistics.median(ours for ours, _ in times),
