@@ -307,6 +307,8 @@ def varied(
     config: dict,  # a run's fields, from `identity` or a network's card
 ) -> str:  # such as "grid=14"; "" for the recipe's own values
     "What a training does otherwise than the recipe with Patch Mixing."
+    if config["model"] not in MODELS:  # one of the user's own
+        return ""
     usual = train_config(**{name: config[name] for name in ("model", "scale", "data", "mixing")}, recipe=config.get("recipe", "auto"))
     given = {name: tuple(sorted(config[name])) if isinstance(config[name], (list, tuple)) else config[name] for name in VARIED if name in config}
     return ", ".join(f"{name}={value}" for name, value in given.items() if value != getattr(usual, name))

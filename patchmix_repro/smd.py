@@ -155,19 +155,15 @@ class Paste:
         more += [] if self.angle is None else [f"turned{self.angle:.12g}"]
         more += [] if self.position is None else ["at{:.12g}x{:.12g}".format(*self.position)]
         return name_of(self.kind, Path(self.occluders).name, float(self.area), *more, seed=self.seed)
-
     def settings(self) -> dict:
         "x is the area asked for, per cent; an image comes within 2 % of it where it can, and long cut-outs stay below large areas."
         return settings_of(self, x=100 * self.area, share=self.area, true_share=self.area) | {"occluders_sha256": stable_hash(occluders_of(self.occluders).sha256s)}
-
     def plan(self, sample: int, frame: tuple[int, int]) -> tuple[Piece, ...]:
         "The rows for one image of height and width `frame`."
         return _planned(self, tuple(frame), sample)
-
     def masks(self, ids: Tensor, size: int | tuple[int, int]) -> Tensor:
         "bool b 1 h w: True where an occluder is seen."
         return draw_layers(ids, (size, size) if isinstance(size, int) else tuple(size), self.plan, occluders_of(self.occluders))[1]
-
     def ahead(self, ids: Tensor, frame: tuple[int, int], workers: int = 0) -> dict[str, Tensor]:
         "What `evaluate` draws for a block at once and passes on as maps: layers uint8 b 3 h w, covered bool b 1 h w."
         return dict(zip(("layers", "covered"), draw_apart(self, ids, tuple(frame), workers)))
