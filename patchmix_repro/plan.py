@@ -44,7 +44,7 @@ SUBSETS = {
     "smoke": Subset(("deit",), ("timm", "remixer mask"), ("replacement", "remixer_kappa", "report"), 16, 2, 8, 16, 0, 2),
     "listed": Subset(("convnext", "swin", "deit", "mixer", "convmixer"), ("timm", "switch", "plain", "remixer mask"), None, 1000, 20, 500, 1000, 100),
     "full": Subset(None, None, None, None, 100, 500, None, 500, choices=tuple(CHOICES)),
-    "choices": Subset(("convnext",), ("switch",), ("choices",), 1000, 0, 0, 0, 0, choices=tuple(CHOICES)),
+    "choices": Subset(("convnext",), ("switch",), ("varied",), 1000, 0, 0, 0, 0, choices=tuple(CHOICES)),
 }
 
 # %% ../nbs/16_plan.ipynb #188eec56
@@ -104,9 +104,10 @@ def train_step(
     page: str,  # of `report_card.PAGES`: says which paper's names the recipe has
     side: tuple[str, str],  # model, recipe
     seed: int,  # of the training
+    **changed,  # parameters that are not the recipe's
 ) -> Step:
     "The training of a recipe; \"plain\" of ReMixer is \"timm\" of Patch Mixing, one run."
-    given = trained_by(side, page, sweep.data)[0] | {"scale": sweep.scale, "precision": sweep.precision, "seed": seed}
+    given = trained_by(side, page, sweep.data)[0] | {"scale": sweep.scale, "precision": sweep.precision, "seed": seed} | changed
     given |= {"max_steps": SUBSETS[sweep.subset].max_steps} if SUBSETS[sweep.subset].max_steps else {}
     name = run_id(train_config(**given))
     return Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root})
@@ -152,14 +153,12 @@ def choice_steps(
     "A training and a battery for each open choice of the subset."
     steps = []
     for choice in SUBSETS[sweep.subset].choices:
-        given = {"model": "convnext", "data": sweep.data, "mixing": "switch", "scale": sweep.scale, "precision": sweep.precision, "seed": seed, **CHOICES[choice]}
-        name = run_id(train_config(**given))
-        steps.append(Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root}))
-        steps.append(measure_step(sweep, "evaluate", steps[-1]))
+        trained = train_step(sweep, "originals", ("convnext", "switch"), seed, **CHOICES[choice])
+        steps += [trained, measure_step(sweep, "evaluate", trained)]
     return steps
 
 # %% ../nbs/16_plan.ipynb #8807f360
-PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples", "choices")  # pages that a sweep draws
+PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples", "varied")  # pages that a sweep draws
 
 # %% ../nbs/16_plan.ipynb #5cac4888
 def place_of(

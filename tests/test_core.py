@@ -111,22 +111,24 @@ import torch
 from patchmix_repro.core import keep_memory
 if sys.argv[1] == "keep" and not keep_memory():
     sys.exit("no mallopt")
-blocks = lambda: [torch.ones(2**20) for _ in range(8)]
+blocks = lambda: [torch.ones(10 * 2**20) for _ in range(2)]
 blocks(), blocks()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
 for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[5])
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_kept_memory_causes_no_page_faults():
-    "10 rounds of 8 blocks of 4 MB: handed back, their pages come again; kept, they do not."
+    "Rounds of two blocks of 40 MB, which glibc always maps (above 32 MB): handed back, their pages come again; kept, they do not. The median: the heap may grow once."
     faults = {mode: subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True) for mode in ("plain", "keep")}
     if "no mallopt" in faults["keep"].stderr:
         pytest.skip("this C library has no mallopt")
-    assert int(faults["keep"].stdout) < 100 < int(faults["plain"].stdout)
+    assert int(faults["keep"].stdout) < 2 <= int(faults["plain"].stdout)  # a block has at least one page
 
 
 def test_keep_memory_without_a_switch(monkeypatch):

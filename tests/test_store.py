@@ -153,6 +153,15 @@ def spoil_edited(part):
     pq.write_table(edited.replace_schema_metadata(pq.read_metadata(part).metadata), part)
 
 
+def test_what_a_reader_does_to_its_rows_stays_with_it(tmp_path):
+    store.append(record(0, tables={"images": IMAGES}), tmp_path)
+    first, table = store.read(tmp_path), store.read_table(tmp_path, "images")
+    first.loc[0, "run_id"], table["correct"] = "other", False
+    first["provenance"][0].clear()
+    again = store.read(tmp_path)
+    assert again["run_id"][0] != "other" and again["provenance"][0] and store.read_table(tmp_path, "images")["correct"].any()
+
+
 @pytest.mark.parametrize("spoil, word", [
     (spoil_torn, "torn"), (spoil_empty, "torn"), (spoil_foreign, "foreign"), (spoil_renamed, "renamed"), (spoil_edited, "altered"),
 ])

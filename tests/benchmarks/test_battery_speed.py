@@ -37,10 +37,7 @@ def bare(model, images, batch_size, rounds):
 
 @pytest.mark.parametrize("name", CASES)
 def test_battery(benchmark, device, tmp_path, name):
-    """Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time; both sides keep the memory they free.
-
-    Then the same images again, as for a further network in one notebook: it finds the plans.
-    """
+    "Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time; both sides keep the memory they free."
     if device.type == "cpu":
         keep_memory()
     make, side, n, rounds = CASES[name]
@@ -52,12 +49,10 @@ def test_battery(benchmark, device, tmp_path, name):
     times = [(seconds(lambda k=k: evaluate(model, dataset, conditions, seed=k, out=tmp_path / str(k), **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions))))
              for k in range(rounds)]
     ratios = [forward / ours for ours, forward in times]
-    again, forward = seconds(lambda: evaluate(model, dataset, conditions, seed=0, out=tmp_path / "again", **how)), seconds(lambda: bare(model, ready, batch_size, len(conditions)))
     benchmark.extra_info.update(
         threads=torch.get_num_threads(), device=device.type, batch_size=batch_size, conditions=len(conditions), images=n, side=side,
         images_per_s=n * len(conditions) / statistics.median(ours for ours, _ in times),
         over_a_bare_forward_pass=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
-        further_network=forward / again,
     )
     print(json.dumps(benchmark.extra_info, indent=1))
     benchmark.pedantic(bare, (model, ready, batch_size, 1), rounds=1)
