@@ -114,17 +114,17 @@ if sys.argv[1] == "keep" and not keep_memory():
 blocks = lambda: [torch.ones(10 * 2**20) for _ in range(2)]
 blocks(), blocks()
 faults = []
-for _ in range(10):
+for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     blocks()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sorted(faults)[5])
+print(min(faults[20:]))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_kept_memory_causes_no_page_faults():
-    "Rounds of two blocks of 40 MB, which glibc always maps (above 32 MB): handed back, their pages come again; kept, they do not. The median: the heap may grow once."
+    "Rounds of two blocks of 40 MB, which glibc always maps (above 32 MB): handed back, their pages come again every round; kept, they stop coming. The heap grows for some rounds, for an aligned block needs slack beside the one it replaces."
     faults = {mode: subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True) for mode in ("plain", "keep")}
     if "no mallopt" in faults["keep"].stderr:
         pytest.skip("this C library has no mallopt")
