@@ -196,6 +196,36 @@ def test_attention_is_eq_5(seed, b, n, kind, kappa, prefix):
     assert (rows - 1).abs().max() < 1e-12, "rows sum to 1"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("b, n, prefix, kappa, scale", [(1, 4, 0, 0.0, None), (2, 9, 1, 0.7, None), (3, 6, 2, 5.0, 0.3)])
+def test_flex_attention_is_eq_5(b, n, prefix, kappa, scale):
+    q, k, v = (normal(b, 2, prefix + n, 4, seed=i) for i in range(3))
+    d = label_distance(amounts(b, n, 3, seed=3))
+    found = remix_attention(q, k, v, d, kappa, prefix, scale=scale, kernel="flex")
+    assert (found - literal_attention(q * (scale * 2 if scale else 1), k, v, d, kappa, prefix)).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flex_attention has gradients on a GPU alone")
+def test_flex_attention_has_the_gradients_of_sdpa():
+    q, k, v = (torch.randn(2, 2, 17, 16, device="cuda", requires_grad=True) for _ in range(3))
+    d, kappa = label_distance(torch.rand(2, 16, 1, device="cuda")), torch.tensor(0.7, device="cuda", requires_grad=True)
+    upstream = torch.randn(2, 2, 17, 16, device="cuda")
+    flex, sdpa = (torch.autograd.grad((remix_attention(q, k, v, d, kappa, kernel=kernel) * upstream).sum(), (q, k, v, kappa)) for kernel in ("flex", "sdpa"))
+    for one, other in zip(flex, sdpa):
+        assert torch.allclose(one, other, rtol=2e-2, atol=2e-2)  # TF32 products
+
+
+def test_what_flex_attention_cannot_do():
+    q, d = torch.zeros(1, 1, 5, 2), torch.zeros(1, 4, 4)
+    for word in ("flash", None):
+        with pytest.raises(InputError, match="Allowed: sdpa, flex"):
+            remix_attention(q, q, q, d, 0.5, kernel=word)
+    with pytest.raises(InputError, match="dropout 0.1 with kernel flex"):
+        remix_attention(q, q, q, d, 0.5, dropout=0.1, kernel="flex")
+    with pytest.raises(InputError, match="no gradient on a CPU"):
+        remix_attention(q, q, q, d, torch.tensor(0.5, requires_grad=True), kernel="flex")
+
+
 @given(*sizes)
 def test_mlp_is_eq_7(seed, b, n, kind, kappa):
     torch.manual_seed(seed)

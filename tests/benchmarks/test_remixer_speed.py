@@ -28,7 +28,7 @@ def literal(q, k, v, distance, kappa):
 
 
 def test_attention(benchmark, device, b=16, heads=6, n=196, d=64, rounds=21):
-    "At DeiT-S's shapes. In a network kappa learns, and can be frozen."
+    "At DeiT-S's shapes. In a network kappa learns, and can be frozen. On a GPU also with flex_attention."
     torch.manual_seed(0)
     q, k, v = (torch.randn(b, n + 1, heads, d, device=device).transpose(1, 2).requires_grad_() for _ in range(3))
     distance, upstream = label_distance(torch.rand(b, n, 1, device=device)), torch.randn(b, n + 1, heads, d, device=device).transpose(1, 2)
@@ -39,8 +39,11 @@ def test_attention(benchmark, device, b=16, heads=6, n=196, d=64, rounds=21):
         "frozen": lambda: remix_attention(q, k, v, distance, frozen).backward(upstream),
         "literal": lambda: literal(q, k, v, distance, learns).backward(upstream),
     }
+    if device.type == "cuda":  # no gradient elsewhere
+        calls |= {f"flex_{name}": lambda kappa=kappa: remix_attention(q, k, v, distance, kappa, kernel="flex").backward(upstream) for name, kappa in (("learnt", learns), ("frozen", frozen))}
+        totals(calls, 2)  # compiles
     taken = totals(calls, rounds)
-    benchmark.extra_info.update(threads=torch.get_num_threads(), device=device.type, **{f"{name}_over_plain": taken[name] / taken["plain"] for name in ("learnt", "frozen", "literal")},
+    benchmark.extra_info.update(threads=torch.get_num_threads(), device=device.type, **{f"{name}_over_plain": taken[name] / taken["plain"] for name in calls if name != "plain"},
                                 seconds=taken)
     print(json.dumps(benchmark.extra_info, indent=1))
     benchmark.pedantic(calls["learnt"], rounds=3)
