@@ -79,7 +79,7 @@ def normalize(
     "Subtract the mean and divide by the standard deviation, per channel."
     x = to_float(images)
     mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(-1, 1, 1) for v in (mean, std))
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 # %% ../nbs/04_data.ipynb #cdcaf6de
 _BLOCK = 1024  # ids that share one keyed draw

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def read_occluder(
     return trim(rgba)
 
 # %% ../nbs/07a_occluders.ipynb #495f5c8c
+@lru_cache(maxsize=4096)
 def kind_of(
     file: str,  # path below the folder of occluders
 ) -> str:

@@ -80,6 +80,11 @@ def _bits(x, mask, grid):
     gh, gw = grid_sides(mask.shape[1], grid)
     return rearrange(mask.to(x.device), "b (gh gw) -> b 1 gh 1 gw 1", gh=gh, gw=gw)
 
+# %% ../nbs/01_patches.ipynb #8c4dcc2c
+def _pixels(bits, x, grid):
+    ph, pw = patch_sides(*x.shape[-2:], grid)
+    return bits.expand(-1, -1, -1, ph, -1, pw).reshape(len(x), 1, *x.shape[-2:])
+
 # %% ../nbs/01_patches.ipynb #17177736
 def replace_patches(
     x: Tensor,  # images b c h w, any type; not changed
@@ -91,6 +96,8 @@ def replace_patches(
     if donor.shape != x.shape or donor.dtype != x.dtype:
         raise InputError(f"donor is {tuple(donor.shape)} {donor.dtype}, x is {tuple(x.shape)} {x.dtype}. Give a donor of the same shape and type.")
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
+    if x.is_contiguous() and donor.is_contiguous():  # whole rows at a time
+        return torch.where(_pixels(bits, x, grid), donor, x)
     return _merge(torch.where(bits, _split(donor, grid), _split(x, grid)), x)
 
 # %% ../nbs/01_patches.ipynb #f6ca4b6a
@@ -112,7 +119,10 @@ def drop_patches(
 ) -> Tensor:  # b c h w, type and memory format of x
     "Fill the masked patches with one colour (patch drop of Naseer et al. 2021)."
     bits, grid = _bits(x, mask, grid), grid_sides(mask.shape[1], grid)
-    return _merge(torch.where(bits, _colour(fill, x), _split(x, grid)), x)
+    colour = _colour(fill, x)
+    if x.is_contiguous():
+        return torch.where(_pixels(bits, x, grid), colour.flatten(2, 4), x)
+    return _merge(torch.where(bits, colour, _split(x, grid)), x)
 
 # %% ../nbs/01_patches.ipynb #a2e5f12d
 def _row_index(first, c, h, grid):

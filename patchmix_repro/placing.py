@@ -42,13 +42,20 @@ def _source(occluders, file):
     image = Image.fromarray(rgba) if rgba.shape[2] == 4 else Image.fromarray(rgba[..., 0])
     return image.convert("RGBa") if rgba.shape[2] == 4 else image, np.count_nonzero(rgba[..., -1])
 
+# %% ../nbs/07b_placing.ipynb #030efeda
+@lru_cache(maxsize=2048)
+def _scaled(occluders, file, size):
+    "A cut-out at a width and height, of which there are few: RGBA, or alpha alone."
+    image, _ = _source(occluders, file)
+    small = image.resize(size, Image.Resampling.LANCZOS)
+    return small.convert("RGBA") if small.mode == "RGBa" else small
+
 # %% ../nbs/07b_placing.ipynb #8f0b5562
 @lru_cache(maxsize=128)
 def _cut_out(occluders, file, area, angle, rule, edge):
     check_angle(angle)
     image, opaque = _source(occluders, file)
-    small = image.resize(scaled_size(*image.size, opaque, area, rule), Image.Resampling.LANCZOS)
-    turned = (small.convert("RGBA") if small.mode == "RGBa" else small).rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    turned = _scaled(occluders, file, scaled_size(*image.size, opaque, area, rule)).rotate(angle, Image.Resampling.BICUBIC, expand=True)
     soft = np.array(turned).reshape(turned.height, turned.width, -1)
     return {"hard": harden, "soft": trim}[choose("edge", edge, ("hard", "soft"))](soft)
 
@@ -145,6 +152,8 @@ def choose_corner(
     "The drawn place inside the frame that overlaps earlier boxes least; a cut-out larger than the frame spans it."
     room = np.subtract(frame, extent)
     corners = np.minimum(room, 0) + (draws * (np.abs(room) + 1) >> 16)
+    if not taken:  # nothing to overlap: the first
+        return tuple(corners[0].tolist())
     boxes = np.array(taken, np.int64).reshape(-1, 1, 4)
     sides = np.minimum(boxes[..., 2:], corners + extent) - np.maximum(boxes[..., :2], corners)
     return tuple(corners[sides.clip(0).prod(2).sum(0).argmin()].tolist())

@@ -62,7 +62,7 @@ def draw_layers(
 ) -> tuple[Tensor, Tensor]:  # the cut-outs alone, uint8 b 3 h w on black; where they are, bool b 1 h w
     "What lies over each image of a batch."
     layers, masks = _drawn(ids.tolist(), tuple(frame), plan, occluders)
-    return torch.from_numpy(layers).permute(0, 3, 1, 2), torch.from_numpy(masks)
+    return torch.from_numpy(layers).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks)
 
 # %% ../nbs/08a_smd.ipynb #3cf62978
 def check_paste(
@@ -130,7 +130,7 @@ def draw_apart(
     if workers < 2 or len(ids) <= CHUNK:
         return draw_layers(ids, frame, paste.plan, occluders_of(paste.occluders))
     layers, masks = map(np.concatenate, zip(*hands(workers)([(paste, chunk.tolist(), frame) for chunk in ids.split(CHUNK)])))
-    return torch.from_numpy(layers).permute(0, 3, 1, 2), torch.from_numpy(masks)
+    return torch.from_numpy(layers).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks)
 
 # %% ../nbs/08a_smd.ipynb #60a7f1c5
 @dataclass(frozen=True)
