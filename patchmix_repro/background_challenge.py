@@ -124,10 +124,10 @@ def evaluate_backgrounds(
     workers: int = 4,  # decoding processes of streamed sets
     root: str | Path | None = None,  # the data folder, for a named labeller
     progress: bool = False,  # show a bar
-) -> pd.DataFrame:  # ROWS; id and fg_file name the object, bg_label is -1 where there is no known background
+) -> pd.DataFrame:  # ROWS; id and fg_file name the object, bg_label is -1 where there is no known background; attrs["skipped"] lists what could not be built, with the reason
     "What a network says about every object under every variant, the same objects in each (ReMixer, section 3.2)."
     variants = [variants] if isinstance(variants, str) else [*variants]
-    (openers, _), device, frames = _openers(dataset, variants, seed, limit), torch.device(device or device_of(model)), []
+    (openers, skipped), device, frames = _openers(dataset, variants, seed, limit), torch.device(device or device_of(model)), []
     mean, std = normalization(model, mean, std)
     named, make = isinstance(labels_of, str), partial(labelled_pass, model, mean=mean, std=std, device=device, dtype=dtype)
     forward = make if named else make(labels_of)
@@ -140,7 +140,9 @@ def evaluate_backgrounds(
             path = Path(out) / f"{name}-{stable_hash(key, 12)}.parquet" if out else None
             rows = _kept(path, partial(_variant_rows, forward, data, ids, given, known, batch_size, device, workers, bar))
             frames.append(rows.assign(variant=name)[[*ROWS]])
-    return pd.concat(frames, ignore_index=True)
+    rows = pd.concat(frames, ignore_index=True)
+    rows.attrs["skipped"] = skipped.to_dict("records")
+    return rows
 
 # %% ../nbs/12d_background_challenge.ipynb #6df62faf
 def background_table(

@@ -128,6 +128,8 @@ def _family(model):
 def _check_fit(labels, x, grid, k):
     "Refuse labels of other images, another grid or other classes."
     b, n = len(x), grid[0] * grid[1]
+    if not isinstance(labels, torch.Tensor) or not labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__}; allowed is a float tensor {b} {n} k. Bytes of a mask go in as labels / 255.")
     if labels.dim() != 3 or labels.shape[:2] != (b, n):
         raise InputError(f"labels of shape {tuple(labels.shape)} for {b} images that are cut into {grid[0]} x {grid[1]} patches; "
                          f"allowed is {b} {n} k, row by row. Pool the label map to this grid.")
@@ -206,7 +208,7 @@ def remix(
     layers: Sequence[int] | None = None,  # blocks to reweight, from 0; None: all
     num_label_classes: int | None = None,  # k that labels have to have; None: any
 ) -> Remixed:  # net(x) or net(x, labels b n k); net.kappa holds one scale a block
-    "A copy of a network whose patch mixing is reweighted by object labels (ReMixer, section 2)."
+    "A copy of a network whose patch mixing is reweighted by object labels (ReMixer, section 2); a plain network's state dict loads with strict=False, which leaves kappa as it is."
     choose("distance", distance, DISTANCES)
     family, depth = _family(model), len(model.blocks)
     layers = range(depth) if layers is None else layers

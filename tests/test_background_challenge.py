@@ -303,6 +303,7 @@ def test_a_measurement_is_filed_once_and_read_back(tmp_path):
     assert measure_backgrounds(Silent(), NOTE, data, tmp_path, **TOLD).equals(first)
     record, = store.read(tmp_path / "records", "backgrounds").to_dict("records")
     rows = bc.evaluate_backgrounds(Random(), data, **TOLD)
+    assert {row["id"] for row in rows.attrs["skipped"]} == {4} and {row["reason"] for row in rows.attrs["skipped"]} == {"the mask covers nothing"}
     table = bc.background_table(rows, bg.plan_backgrounds(data).skipped)
     assert record["metrics.bg_gap"] == table.estimate["bg_gap"] and record["metrics.original"] == table.estimate["original"]
     assert record["metrics.objects"] == 17 and record["metrics.skipped"] == 1 and record["config.labels"] == "none"

@@ -714,7 +714,7 @@ def test_two_processes(tmp_path):
 def test_labels_that_do_not_belong_are_refused(name):
     net, (x, y) = remix(base_of(name), "cosine", num_label_classes=3), batch()
     wrong = {"14 x 14 patches": y[:, :49], "for 2 images": y[:1], "row by row": y[0], "remixed for 3": y[..., :2], "negative": -y, "NaN": y / 0 * 0,
-             "no direction": y * 0}
+             "no direction": y * 0, "labels are torch.uint8": (255 * y).byte(), "labels are ndarray": y.numpy()}
     for words, labels in wrong.items():
         with pytest.raises(InputError, match=words):
             net(x, labels)
