@@ -106,8 +106,8 @@ def front_page(
     pages = [f"- [{step.notebook.partition('/')[2].replace('_', ' ')}]({step.notebook.partition('/')[2]}.html)" for step in steps.values() if step.kind == "page"]
     older, times = outdated(records), times_by_kind(step_times(sweep))
     lines = [f"| {kind} | {row['runs']:.0f} | {row['minutes']:.1f} | {row['longest']:.1f} | {row['memory']:.1f} |" for kind, row in times.iterrows()]
-    made = f"{older['part'].nunique()} of {len(store.read(records))} records were made by an older version of the library." if len(older) else "All records were made by this version of the library."
+    made = [f"{older['part'].nunique()} of {len(store.read(records))} records were made by an older version of the library:", "", *(f"- {row.run_id}: {row.modules}" for row in older.itertuples())]
     seeds = f"seed {sweep.first}" if sweep.seeds == 1 else f"seeds {sweep.first} to {sweep.first + sweep.seeds - 1}"
     warning = ["The trainings stopped after two steps: this tries the graph, and its numbers mean nothing.", ""] if sweep.subset == "smoke" else []
-    return "\n".join([f"# {sweep.data}, {sweep.scale}, {sweep.subset}: {seeds}", "", *warning, card, "## Pages", "", *pages, "", "## Records", "", made, "",
+    return "\n".join([f"# {sweep.data}, {sweep.scale}, {sweep.subset}: {seeds}", "", *warning, card, "## Pages", "", *pages, "", "## Records", "", *(made if len(older) else ["All records were made by this version of the library."]), "",
                       "## Time", "", "| step | runs | minutes | longest | memory, GB |", "|---|---|---|---|---|", *lines, ""])

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CLEAN', 'SELECTIVE', 'PAGE_CLAIMS', 'unchanged', 'ahead', 'gains', 'original_claims', 'replacement_claims',
-           'permutation_claims', 'drop_claims', 'accuracy_claims', 'selectivity_claims']
+           'permutation_claims', 'drop_claims', 'accuracy_claims', 'selectivity_claims', 'left_open', 'needed']
 
 # %% ../nbs/14f_page_claims.ipynb #c8d45629
+import numpy as np
+
 from .claims import Claim
 from .ledger import FAMILY
+from .stats import seeds_needed
 
 # %% ../nbs/14f_page_claims.ipynb #18f103f3
 KEPT, CLEAN, SELECTIVE = 0.05, 0.01, 0.02
@@ -98,3 +101,31 @@ PAGE_CLAIMS = {  # page below nbs/results -> its claims
     "originals": original_claims, "replacement": replacement_claims, "permutation": permutation_claims, "drop": drop_claims,
     "accuracies": accuracy_claims, "selectivity_table": selectivity_claims,
 }
+
+# %% ../nbs/14f_page_claims.ipynb #9ebf80aa
+def left_open(
+    claim: Claim,  # not decided
+    row: dict,  # of `verdicts`: low, high, p_value
+    published: float,  # difference in the paper; NaN where there is none
+) -> list[str]:
+    "What the interval says of a claim that is not decided."
+    low, high, way = row["low"], row["high"], claim.expect in ("more", "less")
+    said = {
+        "excludes the published difference": published < low or published > high,
+        f"smaller than {claim.margin:g} either way": way and -claim.margin < low and high < claim.margin,
+        "5 % by itself, not after Holm's correction": way and row["p_value"] < 0.05,
+    }
+    return [words for words, true in said.items() if true]
+
+# %% ../nbs/14f_page_claims.ipynb #21a1b4cd
+def needed(
+    claim: Claim,  # not decided
+    spread: float,  # standard deviation over seeds
+    published: float = np.nan,  # difference that is to be seen; NaN: the claim's margin
+    questions: int = 1,  # measured on the page: Holm's first step asks 5 % / questions
+) -> int | None:  # seeds of each recipe; None: not known, or more than 1000
+    "How many seeds would decide a claim."
+    if not spread > 0:
+        return None
+    same = claim.expect in ("same", "no less")
+    return seeds_needed(spread, claim.margin if same or not abs(published) > 0 else published, same, alpha=0.05 / questions)

@@ -19,7 +19,7 @@ from .core import InputError
 # %% ../nbs/14d_remixer_records.ipynb #a3db8089
 NAMES = {
     "deit": "DeiT", "mixer": "MLP-Mixer", "convmixer": "ConvMixer",
-    "convit": "ConViT", "convmixer_full": "ConvMixer-Full", "deit_b": "DeiT-B",
+    "convit": "ConViT", "relpos": "relative bias (as CoAtNet)", "convmixer_full": "ConvMixer-Full", "deit_b": "DeiT-B",
 }
 
 # %% ../nbs/14d_remixer_records.ipynb #3d46213d

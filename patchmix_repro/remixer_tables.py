@@ -169,7 +169,8 @@ def labeller_table(
     records = records.reindex(columns=[*records.columns, *({"config.labels", "config.data", "metrics.accuracy", "metrics.images"} - set(records))])
     mine = records[records["kind"].eq("labeller") & records["config.data"].eq(data)]
     found = mine.groupby("config.labels").agg(accuracy=("metrics.accuracy", lambda values: f"{100 * values.mean():.1f} %"), images=("metrics.images", "min"))
-    return found.rename_axis("labels") if len(found) else pd.DataFrame({"accuracy": ["not run"]}, index=pd.Index(["all labels"], name="labels"))
+    command = f"not run: papermill nbs/challenge.ipynb out.ipynb -p measure labels -p labels SOURCE -p data {data} -p limit None"
+    return found.rename_axis("labels") if len(found) else pd.DataFrame({"accuracy": [command]}, index=pd.Index(["all labels"], name="labels"))
 
 # %% ../nbs/15f_remixer_tables.ipynb #f0f234df
 SHORT = {"dense": "dense:squeezenet", "shuffled": "shuffled:mask", "mean": "mean:mask"}  # short name -> source
@@ -225,5 +226,5 @@ def missing_runs(
         if todo := [seed for seed in range(seeds) if seed not in done]:
             given, tested = training_of(model, recipe, data, targets)
             given |= {"scale": scale, "mixing": mixing or "timm", "seed": todo[0]}
-            lines += [f"not run: {NAMES[model]} {recipe}, seeds {', '.join(map(str, todo))}:", *(f"  {command}" for command in commands(given, tested, measure))]
+            lines += [f"not run: {NAMES[model]} {recipe} on {data}, {scale}, seeds {', '.join(map(str, todo))}:", *(f"  {command}" for command in commands(given, tested, measure))]
     return "\n".join(lines)
