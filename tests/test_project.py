@@ -232,7 +232,7 @@ def hrefs(entry):
 def test_the_sidebar_lists_every_notebook():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     listed = hrefs(config["website"]["sidebar"]["contents"])
-    assert sorted(listed) == sorted({"README.md", *(f"nbs/{name}.ipynb" for name in NAMES)})
+    assert sorted(listed) == sorted({"README.md", "CHANGELOG.md", *(f"nbs/{name}.ipynb" for name in NAMES)})
 
 
 @pytest.fixture(scope="module")
