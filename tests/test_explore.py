@@ -174,11 +174,12 @@ READOUT = "() => document.querySelector('.widget-readout')?.textContent"
 
 @pytest.fixture
 def lab(tmp_path):
-    "A JupyterLab of its own on a copy of the mixing notebook: its address."
+    "A JupyterLab of its own on copies of the two notebooks: notebook -> its address."
     needed("playwright", find_spec("playwright"))
     needed("chromium", CHROMIUM)
     (tmp_path / "work").mkdir()
-    shutil.copy(EXPLORE / "mix_patches.ipynb", tmp_path / "work")
+    for name in ("mix_patches", "occluder"):
+        shutil.copy(EXPLORE / f"{name}.ipynb", tmp_path / "work")
     port, token = free_port(), secrets.token_hex(16)
     own = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
@@ -189,29 +190,30 @@ def lab(tmp_path):
         server = subprocess.Popen(command, env={k: v for k, v in os.environ.items() if k != "MPLBACKEND"} | own, stdout=log, stderr=log)
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token={token}", server)
-            yield f"http://127.0.0.1:{port}/lab/tree/mix_patches.ipynb?token={token}&reset"
+            yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}.ipynb?token={token}&reset"
         finally:
             server.terminate()
             server.wait(30)
 
 
-def test_a_slider_moves_the_picture_in_the_browser(lab):
+@pytest.mark.parametrize("name, first, then", [("mix_patches", "0.35", "0.40"), ("occluder", "0.12", "0.14")])
+def test_a_slider_moves_the_picture_in_the_browser(lab, name, first, then):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(SECONDS * 1000)
-        page.goto(lab)
+        page.goto(lab(name))
         page.wait_for_function(IDLE)
         page.evaluate(RUN_ALL)
         page.wait_for_function(DONE)
         page.wait_for_selector(".widget-image")
         before = page.evaluate(PICTURE), page.evaluate(READOUT)
-        assert before[1] == "0.35"
+        assert before[1] == first
         handle = page.locator(".widget-slider .noUi-handle").first
         handle.focus()
         handle.press("ArrowRight")
         page.wait_for_function(f"before => ({PICTURE})() !== before", arg=before[0])
-        assert page.evaluate(READOUT) == "0.40"
+        assert page.evaluate(READOUT) == then
         browser.close()
