@@ -86,8 +86,9 @@ def shown_images(
 # %% ../nbs/15k_evidence.ipynb #b47628ca
 def evidence_lines(
     card: pd.DataFrame,  # from `report_card`
-) -> str:  # Markdown, one line a decided claim
-    "Every decided claim with its page, where the figure is, and the records behind it."
-    decided = card[card["verdict"].isin(["seen", "contradicted"])]
+    verdicts: tuple[str, ...] = ("seen", "contradicted"),  # which claims
+) -> str:  # Markdown, one line a claim
+    "Every claim of these verdicts with its page, where the figure is, and the records behind it."
+    decided = card[card["verdict"].isin(verdicts)]
     runs = {row.Index: ", ".join(f"`{run}`" for run in row.runs.split(", ")) if row.runs else "all of the page" for row in decided.itertuples()}
     return "\n".join(f"- *{row.verdict}*: {row.claim} ([figure]({row.page}.ipynb)): {runs[row.Index]}" for row in decided.itertuples()) + "\n"
