@@ -220,6 +220,13 @@ def all_arguments(function):
 
 # ---- site ----
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_picture_is_described(name):
+    for cell in read(ROOT / "nbs" / f"{name}.ipynb", "code"):
+        if any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+            assert re.search(r"^#\| fig-alt: \S.+\.$", "".join(cell["source"]), re.MULTILINE), f"cell {cell['id']} shows a picture without a fig-alt line that ends in a full stop"
+
+
 def hrefs(entry):
     "Every page a sidebar names."
     if isinstance(entry, str):

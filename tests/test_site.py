@@ -12,7 +12,7 @@ PAGES = {path.stem: path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if 
 LOOK = """() => ({
     broken: [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length,
     pictures: document.images.length + document.querySelectorAll('svg').length,
-    unnamed: [...document.images].filter(i => !i.alt).length,
+    unnamed: [...document.images].filter(i => !i.alt || i.alt.startsWith('No description')).length,
     levels: [...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1]),
     over: document.documentElement.scrollWidth - window.innerWidth,
     text: document.body.innerText.length,
@@ -62,6 +62,7 @@ def test_a_page_reads_well_wide_and_on_a_phone(site, browser, name):
         seen, foreign = look(browser, site / f"{name}.html", width)
         assert not foreign, f"asks for {foreign[:3]}"
         assert not seen["broken"], f"{seen['broken']} pictures do not load"
+        assert not seen["unnamed"], f"{seen['unnamed']} pictures have no words for who cannot see them: give the cell a #| fig-alt line"
         assert seen["levels"][0] == 1 and seen["levels"].count(1) == 1, "one title, first"
         assert all(b - a <= 1 for a, b in zip(seen["levels"], seen["levels"][1:])), f"a heading skips a level: {seen['levels']}"
         assert seen["over"] <= 1, f"the page is {seen['over']} px wider than {width}"

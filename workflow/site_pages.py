@@ -35,13 +35,24 @@ def relink(body, pages, folder):
     return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, body)
 
 
+def described(notebook):
+    "The same notebook, whose pictures carry the words of their cell's `#| fig-alt` line."
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (words := re.search(r"^#\| fig-alt: (.+)$", cell.source, re.MULTILINE)):
+            for output in cell.outputs:
+                for kind in ("image/png", "image/svg+xml"):
+                    if kind in output.get("data", {}):
+                        output.setdefault("metadata", {}).setdefault(kind, {})["alt"] = words[1]
+    return notebook
+
+
 def write_site(pages, front, folder):
     "Write index.html from Markdown and one page for each executed notebook: name -> path."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     for name, path in pages.items():
-        body, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
+        body, _ = exporter.from_notebook_node(described(nbformat.read(path, as_version=4)))
         (folder / f"{name}.html").write_text(page(name.replace("_", " "), f'<p><a href="index.html">All pages</a></p>{relink(body, pages, folder)}'), encoding="utf-8")
     title = re.search(r"^# (.+)$", front, re.MULTILINE)[1]
     (folder / "index.html").write_text(page(title, relink(markdown2html(front), pages, folder)), encoding="utf-8")
