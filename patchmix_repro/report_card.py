@@ -285,6 +285,8 @@ def in_short(
         lines += [f"| {title} | {paper} | " + " | ".join(map(str, row[list(WORDS)])) + " |" for paper, row in verdict_counts(card).iterrows()]
     for title, card in cards.items():
         decided = card[card["verdict"].isin(["seen", "contradicted"])]
-        lines += ["", f"Decided on {title} (difference and its 95 % interval):" if len(decided) else f"Decided on {title}: nothing.", ""]
+        said = f"Decided on {title}: {len(decided) or 'nothing'}"
+        lines += ["", f"<details><summary>{said} (differences and their 95 % intervals)</summary>", ""] if len(decided) else ["", f"{said}."]
         lines += [f"- *{row.verdict}*: {row.claim}, {row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{'; ' * bool(row.reason)}{row.reason} ([page]({base}{row.page}{end}))" for row in decided.itertuples()]
+        lines += ["", "</details>"] * bool(len(decided))
     return "\n".join(lines).strip() + "\n"
