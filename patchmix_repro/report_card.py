@@ -159,9 +159,10 @@ def _row(name, page, claim, row, rows, data, scale):
     found |= {key: row[key] for key in ("difference", "low", "high", "seeds")} | {"p_holm": np.fmin(row["p_holm"], row["p_same_holm"])}
     if verdict == "not decided":
         said = left_open(claim, row, published)
-        seeds, had = needed(claim, row["spread"], np.nan if "excludes the published difference" in said else published, row["questions"]), max(map(int, row["seeds"].split(" + ")))
+        aim, had = np.nan if "excludes the published difference" in said else published, max(map(int, row["seeds"].split(" + ")))
+        seeds, size = needed(claim, row["spread"], aim, row["questions"]), claim.margin if claim.expect in ("same", "no less") or aim != aim else abs(aim)
         found["needed"] = seeds if seeds and seeds > had else None
-        said += ["more than 1000 seeds a recipe would decide"] * (seeds is None and row["spread"] > 0) + [f"{seeds} seeds decide it in four cases of five"] * bool(seeds and seeds <= had)
+        said += ["more than 1000 seeds a recipe would decide"] * (seeds is None and row["spread"] > 0) + [f"so many seeds would see {size:.3g} in four cases of five"] * bool(seeds and seeds <= had)
         found["reason"] = "; ".join([reason] * bool(reason) + said)
     if verdict == "seen" and claim.expect in ("same", "no less") and (row["low"] > 0 or row["high"] < 0):
         found["reason"] = "a difference all the same, within the margin"
