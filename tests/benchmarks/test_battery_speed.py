@@ -47,7 +47,7 @@ class Beside(torch.nn.Module):
 
 @pytest.mark.parametrize("name", CASES)
 def test_battery(benchmark, device, tmp_path, name):
-    "Every round evaluates under other draws, with its parts on disk, as a run does: cut-outs are planned anew each time. A bare pass follows each batch, so that a slower minute slows both sides."
+    "Every round evaluates other images, with its parts on disk, as a run does: cut-outs are planned anew each time. A bare pass follows each batch, so that a slower minute slows both sides."
     if device.type == "cpu":
         keep_memory()
     make, side, n, rounds = CASES[name]
