@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from patchmix_repro import store
+from patchmix_repro.background_records import measure_backgrounds
 from patchmix_repro.blocks import normalization
 from patchmix_repro.core import InputError
 from patchmix_repro.data import create_dataset, normalize
-from patchmix_repro.evidence import chain, deciding, shown_images
+from patchmix_repro.evidence import chain, deciding, shown_backgrounds, shown_images
 from patchmix_repro.filing import measure_battery, note_of
 from patchmix_repro.networks import find_run, load_model
 from patchmix_repro.smd import battery
@@ -79,3 +80,38 @@ def test_runs_on_other_images_have_no_common_difference(measured, tmp_path):
         measure_battery(model, note_of(model, card, name), battery("quick"), data, tmp_path, limit=limit)
     with pytest.raises(InputError, match="are the same"):
         deciding(tmp_path, *store.read(tmp_path, "battery")["run_id"], "clean")
+
+
+@pytest.fixture(scope="module")
+def before_others(tmp_path_factory):
+    "Backgrounds of the two shipped networks on 60 objects, filed."
+    folder, data = tmp_path_factory.mktemp("backgrounds"), create_dataset("shapes9", "test", 56)
+    for name in NAMES:
+        model, card = load_model(find_run(name))
+        measure_backgrounds(model, note_of(model, card, name), data, folder, limit=60)
+    records = store.read(folder / "records", "backgrounds")
+    return folder / "records", dict(zip(records["config.name"], records["run_id"]))
+
+
+@pytest.mark.parametrize("variant", ["original", "only_bg_b", "only_bg_t", "no_fg", "only_fg", "mixed_same", "mixed_rand", "mixed_next"])
+def test_the_pixels_before_other_backgrounds_get_the_recorded_answers(before_others, variant):
+    folder, runs = before_others
+    rows = store.read_table(folder, "images", kind="backgrounds").query("run_id == @runs[@NAMES[0]]").iloc[::-1]
+    model, _ = load_model(find_run(NAMES[0]))
+    images = shown_backgrounds(folder, runs[NAMES[0]], variant, rows["fg_file"].tolist())
+    with torch.no_grad():
+        said = model(normalize(images, *normalization(model))).argmax(1)
+    np.testing.assert_array_equal(said.numpy() == rows["label"].to_numpy(), rows[variant].to_numpy(bool))
+    found = deciding(folder, *(runs[name] for name in NAMES), variant)
+    rates = store.read_table(folder, "images", kind="backgrounds").groupby("run_id")[variant].sum()
+    assert found["first"].sum() - found["second"].sum() == rates[runs[NAMES[0]]] - rates[runs[NAMES[1]]]
+
+
+def test_a_record_of_another_kind_is_refused(measured, before_others):
+    for (folder, runs), shown, names in ((measured, shown_backgrounds, ["a"]), (before_others, shown_images, [0])):
+        with pytest.raises(InputError, match="Use shown_images for a battery, shown_backgrounds for backgrounds"):
+            shown(folder, runs[NAMES[0]], "original", names)
+    with pytest.raises(InputError, match="unknown variant"):
+        shown_backgrounds(before_others[0], before_others[1][NAMES[0]], "mixed", [])
+    with pytest.raises(InputError, match="unknown run_id"):
+        deciding(before_others[0], before_others[1][NAMES[0]], measured[1][NAMES[0]], "original")
