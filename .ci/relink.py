@@ -2,6 +2,7 @@
 
 A link names a page without its number, at the address of the site: it becomes relative, with the number.
 A link in the comment of a signature shows as raw Markdown: it becomes the bare name.
+A link to a private name leads nowhere: it becomes the name.
 """
 import configparser
 import os
@@ -30,6 +31,7 @@ def relink(html: str, page: Path, site: Path, base: str) -> str:
     "The page's text with its API links mended; a page that the site does not have stays as it is."
     known = pages(site)
     html = re.sub(r"\[`([^`]+)`\]\(" + re.escape(base) + r"[^)]*\)", r"\1", html)
+    html = re.sub(f'<a href="{re.escape(base)}[^"]*#_[^"]*">(.*?)</a>', r"\1", html)
 
     def local(match: re.Match) -> str:
         target = known.get(match[1])

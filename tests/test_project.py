@@ -4,7 +4,6 @@ import configparser
 import importlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -242,28 +241,6 @@ def test_the_sidebar_lists_every_notebook():
     assert sorted(listed) == sorted({"README.md", "CHANGELOG.md", *(f"nbs/{name}.ipynb" for name in NAMES)})
 
 
-@pytest.fixture(scope="module")
-def filtered(tmp_path_factory):
-    "Every notebook as nbdev_filter hands it to Quarto, or the error it stops with; one process for all."
-    folder = tmp_path_factory.mktemp("filtered")
-    code = "import sys, pathlib, traceback\nfrom nbdev.cli import nbdev_filter\nout = pathlib.Path(sys.argv[1])\n"
-    code += "for i, name in enumerate(sys.argv[2:]):\n    try: text, end = nbdev_filter(fname=name, printit=False), '.json'\n"
-    code += "    except BaseException: text, end = traceback.format_exc(), '.error'\n"
-    code += "    (out / (str(i) + end)).write_text(text, encoding='utf-8')"
-    command = [sys.executable, "-c", code, folder, *NOTEBOOKS]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "MPLBACKEND": "agg"})
-    return {name: folder / str(i) for i, name in enumerate(NAMES)}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_site_filter_accepts_the_notebook(filtered, name):
-    error = filtered[name].with_suffix(".error")
-    assert not error.exists(), error.read_text(encoding="utf-8")[-2000:]
-    page = json.loads(filtered[name].with_suffix(".json").read_text(encoding="utf-8"))
-    text = "\n".join("".join(c["source"]) for c in page["cells"])
-    assert "#| export" not in text and "default_exp" not in text
-
-
 def load_relink():
     spec = importlib.util.spec_from_file_location("relink", ROOT / ".ci" / "relink.py")
     module = importlib.util.module_from_spec(spec)
@@ -281,6 +258,8 @@ def test_api_links_of_the_site_reach_the_numbered_page(tmp_path):
     assert relink.relink(link, page, tmp_path, relink.api_base()) == '<a href="../00_core.html#choose">'
     raw = f'<span class="co"># from [`choose`]({relink.api_base()}core.html#choose)</span>'
     assert relink.relink(raw, page, tmp_path, relink.api_base()) == '<span class="co"># from choose</span>'
+    private = f'<a href="{relink.api_base()}core.html#_hidden"><code>_hidden</code></a>'
+    assert relink.relink(private, page, tmp_path, relink.api_base()) == "<code>_hidden</code>"
     unknown = link.replace("core", "nowhere")
     assert relink.relink(unknown, page, tmp_path, relink.api_base()) == unknown
 

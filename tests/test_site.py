@@ -1,9 +1,13 @@
 """Every page as HTML in a real browser, wide and on a phone: pictures load, headings are in order, nothing comes from a foreign host."""
 import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,21 +20,40 @@ LOOK = """() => ({
     levels: [...document.querySelectorAll('h1, h2, h3, h4')].map(h => +h.tagName[1]),
     over: document.documentElement.scrollWidth - window.innerWidth,
     text: document.body.innerText.length,
+    links: [...document.links].map(a => a.href).filter(href => href.startsWith('file:')),
 })"""
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "All notebooks as plain pages, by the writer that a sweep uses."
-    import sys
+def filtered(tmp_path_factory):
+    "Every notebook as nbdev_filter hands it to Quarto, or the error it stops with; one process for all."
+    folder = tmp_path_factory.mktemp("filtered")
+    code = "import sys, pathlib, traceback\nfrom nbdev.cli import nbdev_filter\nout = pathlib.Path(sys.argv[1])\n"
+    code += "for name in map(pathlib.Path, sys.argv[2:]):\n    try: text, end = nbdev_filter(fname=name, printit=False), '.ipynb'\n"
+    code += "    except BaseException: text, end = traceback.format_exc(), '.error'\n"
+    code += "    (out / (name.stem + end)).write_text(text, encoding='utf-8')"
+    subprocess.run([sys.executable, "-c", code, folder, *PAGES.values()], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "MPLBACKEND": "agg"})
+    return folder
 
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_site_filter_accepts_the_notebook(filtered, name):
+    error = filtered / f"{name}.error"
+    assert not error.exists(), error.read_text(encoding="utf-8")[-2000:]
+    text = "\n".join(cell.source for cell in nbformat.read(filtered / f"{name}.ipynb", as_version=4).cells)
+    assert "#| export" not in text and "default_exp" not in text
+
+
+@pytest.fixture(scope="module")
+def site(filtered, tmp_path_factory):
+    "All filtered notebooks as plain pages, by the writer that a sweep uses."
     sys.path.insert(0, str(ROOT / "workflow"))
     try:
         from site_pages import write_site
     finally:
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("site")
-    write_site(PAGES, "# All pages\n\n" + "\n".join(f"- [{name}]({name}.html)" for name in PAGES), folder)
+    write_site({name: filtered / f"{name}.ipynb" for name in PAGES}, "# All pages\n\n" + "\n".join(f"- [{name}]({name}.html)" for name in PAGES), folder)
     return folder
 
 
@@ -56,8 +79,16 @@ def look(browser, path, width):
     return seen, [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
 
+def broken(links):
+    "Links of a page to files or to places in them that do not exist."
+    for link in dict.fromkeys(links):
+        file, place = Path(unquote(urlsplit(link).path)), unquote(urlsplit(link).fragment)
+        if not file.exists() or place and file.suffix == ".html" and f'id="{place}"' not in file.read_text(encoding="utf-8"):
+            yield link
+
+
 @pytest.mark.parametrize("name", ["index", *PAGES])
-def test_a_page_reads_well_wide_and_on_a_phone(site, browser, name):
+def test_a_page_reads_well_wide_and_on_a_phone(browser, site, name):
     for width in (1280, 390):
         seen, foreign = look(browser, site / f"{name}.html", width)
         assert not foreign, f"asks for {foreign[:3]}"
@@ -67,9 +98,11 @@ def test_a_page_reads_well_wide_and_on_a_phone(site, browser, name):
         assert all(b - a <= 1 for a, b in zip(seen["levels"], seen["levels"][1:])), f"a heading skips a level: {seen['levels']}"
         assert seen["over"] <= 1, f"the page is {seen['over']} px wider than {width}"
         assert seen["text"] > 200
+    assert list(broken(seen["links"])) == []
 
 
 def test_a_page_with_a_fault_is_seen(browser, tmp_path):
-    (tmp_path / "bad.html").write_text('<h2>Not a title</h2><img src="nothing.png"><div style="width:900px">wide</div>', encoding="utf-8")
+    (tmp_path / "bad.html").write_text('<h2>Not a title</h2><img src="nothing.png"><div style="width:900px">wide</div><a href="gone.html">a</a><a href="bad.html#gone">b</a><a id="here" href="#here">c</a>', encoding="utf-8")
     seen, _ = look(browser, tmp_path / "bad.html", 390)
     assert seen["broken"] == 1 and seen["levels"] == [2] and seen["over"] > 1 and seen["unnamed"] == 1
+    assert [Path(link).name for link in broken(seen["links"])] == ["gone.html", "bad.html#gone"]

@@ -9,6 +9,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+API = "{doc_host}{doc_baseurl}/".format_map(dict(re.findall(r"^(\w+) = (.*)$", (NOTEBOOKS.parent / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)))
 STYLE = """:root { color-scheme: light dark }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
 a { color: #0072b2 } img, svg { max-width: 100%; height: auto } table { display: block; max-width: 100%; overflow-x: auto; border-collapse: collapse; font-size: .85rem } p code, li code, td code { overflow-wrap: anywhere } .table, .output, .jp-OutputArea { overflow-x: auto }
@@ -22,6 +23,13 @@ def page(title, body):
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>'
 
 
+def api_links(body, pages):
+    "Links that nbdev writes to the API, at the address of the site and without a page's number: to the page of this site."
+    numbered = {re.sub(r"^\d+[a-z]?_", "", name): name for name in pages}
+    body = re.sub(f'<a href="{re.escape(API)}[^"]*#_[^"]*">(.*?)</a>', r"\1", body)  # a private name has no place of its own
+    return re.sub(re.escape(API) + r"(?:\w+/)*(\w+)\.html", lambda found: f"{numbered[found[1]]}.html" if found[1] in numbered else found[0], body)
+
+
 def relink(body, pages, folder):
     "Links to notebooks: to a page of this site where there is one, else to the clone's notebook."
 
@@ -32,17 +40,33 @@ def relink(body, pages, folder):
         place = next(iter(NOTEBOOKS.rglob(f"{name}.ipynb")), None)
         return f'href="{os.path.relpath(place, folder)}{anchor}"' if place else found[0]
 
-    return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, body)
+    return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, api_links(body, pages))
+
+
+def slugged(body):
+    "Headings with the anchors that GitHub and Quarto give them, so that one link serves everywhere."
+
+    def slug(found):
+        return found[1] + re.sub(r"[^\w\-]", "", html.unescape(found[2]).lower()) + '"'
+
+    return re.sub(r'(href="#)([^"]+)"', slug, re.sub(r'(<h[1-6][^>]*?\bid=")([^"]+)"', slug, body))
 
 
 def described(notebook):
-    "The same notebook, whose pictures carry the words of their cell's `#| fig-alt` line."
+    "The same notebook as a reader wants it: pictures carry the words of their `#| fig-alt` line, and Quarto's lines do what they say."
     for cell in notebook.cells:
-        if cell.cell_type == "code" and (words := re.search(r"^#\| fig-alt: (.+)$", cell.source, re.MULTILINE)):
+        if cell.cell_type == "code":
+            if words := re.search(r"^#\| fig-alt: (.+)$", cell.source, re.MULTILINE):
+                for output in cell.outputs:
+                    for kind in ("image/png", "image/svg+xml"):
+                        if kind in output.get("data", {}):
+                            output.setdefault("metadata", {}).setdefault(kind, {})["alt"] = words[1]
             for output in cell.outputs:
-                for kind in ("image/png", "image/svg+xml"):
-                    if kind in output.get("data", {}):
-                        output.setdefault("metadata", {}).setdefault(kind, {})["alt"] = words[1]
+                if "text/markdown" in output.get("data", {}):
+                    output["data"]["text/markdown"] = re.sub(r"\{target=[^}]*\}", "", "".join(output["data"]["text/markdown"]))
+            if re.search(r"^#\| echo: false$", cell.source, re.MULTILINE):
+                cell.transient = {"remove_source": True}
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
     return notebook
 
 
@@ -53,6 +77,6 @@ def write_site(pages, front, folder):
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     for name, path in pages.items():
         body, _ = exporter.from_notebook_node(described(nbformat.read(path, as_version=4)))
-        (folder / f"{name}.html").write_text(page(name.replace("_", " "), f'<p><a href="index.html">All pages</a></p>{relink(body, pages, folder)}'), encoding="utf-8")
+        (folder / f"{name}.html").write_text(page(name.replace("_", " "), f'<p><a href="index.html">All pages</a></p>{relink(slugged(body), pages, folder)}'), encoding="utf-8")
     title = re.search(r"^# (.+)$", front, re.MULTILINE)[1]
     (folder / "index.html").write_text(page(title, relink(markdown2html(front), pages, folder)), encoding="utf-8")
