@@ -122,21 +122,33 @@ def test_a_dry_run_on_a_cluster(profile, needs):
     assert re.search(r"^train\s+2$", done.stdout + done.stderr, re.MULTILINE)
 
 
-@needs_snakemake
-def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
-    folder = tmp_path / "sweep"
-    arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
-    first = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def stopped(arguments, folder, how):
+    "Run the graph until one more step is finished, then stop it with a signal; the finished steps and their times."
+    before = len(list(folder.glob("notebooks/*.ipynb")))
+    running = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 400
-        while not list(folder.glob("notebooks/*.ipynb")) and first.poll() is None and time.monotonic() < deadline:
+        while len(list(folder.glob("notebooks/*.ipynb"))) == before and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.5)
     finally:
-        if first.poll() is None:
-            os.killpg(first.pid, signal.SIGINT)
-        first.wait(120)
+        if running.poll() is None:
+            os.killpg(running.pid, how)
+        running.wait(120)
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("notebooks/*.ipynb")}
-    assert finished, "the first step did not finish in time"
+    assert running.returncode and len(finished) > before, "no step finished in time, or all did"
+    return finished
+
+
+@needs_snakemake
+def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
+    "Stopped by Ctrl-C, then as by a power cut: what is finished stays, nothing is half written."
+    folder = tmp_path / "sweep"
+    arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
+    finished = stopped(arguments, folder, signal.SIGINT)
+    finished |= stopped(arguments, folder, signal.SIGKILL)
+    locked = snakemake(*arguments)
+    assert locked.returncode and "--unlock" in locked.stdout + locked.stderr
+    assert snakemake("--unlock", *arguments).returncode == 0
     second = snakemake(*arguments)
     assert second.returncode == 0, second.stderr[-3000:]
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items()), "a finished step was repeated"
@@ -152,3 +164,5 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
         assert (page.parent / link).exists(), f"{page.name}: {link}"
     third = snakemake(*arguments)
     assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr
+    other = snakemake("-n", *arguments, "precision=float32")
+    assert re.search(r"^train\s+2$", other.stdout + other.stderr, re.MULTILINE), "another parameter runs again what depends on it"
