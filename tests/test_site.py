@@ -1,5 +1,6 @@
 """Every page as HTML in a real browser, wide and on a phone: pictures load, headings are in order, nothing comes from a foreign host."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
+from nbconvert.filters import markdown2html
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = {path.stem: path for path in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts}
+TEXTS = ("README", "CHANGELOG")  # the home page of the site, and what changed
 LOOK = """() => ({
     broken: [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length,
     pictures: document.images.length + document.querySelectorAll('svg').length,
@@ -46,14 +49,18 @@ def test_the_site_filter_accepts_the_notebook(filtered, name):
 
 @pytest.fixture(scope="module")
 def site(filtered, tmp_path_factory):
-    "All filtered notebooks as plain pages, by the writer that a sweep uses."
+    "All filtered notebooks, the home page and the changelog as plain pages, by the writer that a sweep uses."
     sys.path.insert(0, str(ROOT / "workflow"))
     try:
-        from site_pages import write_site
+        from site_pages import page, relink, slugged, write_site
     finally:
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("site")
     write_site({name: filtered / f"{name}.ipynb" for name in PAGES}, "# All pages\n\n" + "\n".join(f"- [{name}]({name}.html)" for name in PAGES), folder)
+    for name in TEXTS:
+        body = relink(slugged(markdown2html((ROOT / f"{name}.md").read_text(encoding="utf-8"))), PAGES, folder)
+        body = re.sub(r'(href|src)="([^":#]+)', lambda found: f'{found[1]}="{ROOT / found[2]}' if (ROOT / found[2]).exists() else found[0], body)
+        (folder / f"{name}.html").write_text(page(name, body), encoding="utf-8")
     return folder
 
 
@@ -87,7 +94,7 @@ def broken(links):
             yield link
 
 
-@pytest.mark.parametrize("name", ["index", *PAGES])
+@pytest.mark.parametrize("name", ["index", *TEXTS, *PAGES])
 def test_a_page_reads_well_wide_and_on_a_phone(browser, site, name):
     for width in (1280, 390):
         seen, foreign = look(browser, site / f"{name}.html", width)
