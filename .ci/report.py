@@ -3,7 +3,8 @@ import re
 from pathlib import Path
 
 from patchmix_repro.core import project_root
-from patchmix_repro.report_card import in_short, report_card
+from patchmix_repro.home import in_short
+from patchmix_repro.report_card import report_card
 
 MARKS = re.compile(r"(<!-- report card -->\n).*?(<!-- end of the report card -->\n)", re.DOTALL)
 

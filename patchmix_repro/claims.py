@@ -163,6 +163,7 @@ class Claim:
     expect: str = "more"  # "more", "less", "same" or "no less"
     value: str = "kept"  # column that is compared
     margin: float = 0.05  # for "same" and "no less": the largest difference that does not matter, in the value's unit
+    later: bool = False  # written when records were known: a Holm family of its own, so that older verdicts stay
 
 # %% ../nbs/14a_claims.ipynb #f0228b83
 RULE = ("shown", "shown opposite", "not shown", "cannot be tested", "not measured yet", "one seed", "no spread")
@@ -232,16 +233,17 @@ def _verdict(row):
 # %% ../nbs/14a_claims.ipynb #f8803d9e
 def verdicts(
     measured: pd.DataFrame,  # model, mixing, train_seed, curve, x and the claims' columns
-    claims: Sequence[Claim],  # of one page: Holm's family
+    claims: Sequence[Claim],  # of one page: Holm's family, those written later another
 ) -> pd.DataFrame:  # claim, published T, published S, first, second, difference, spread (over seeds), low, high, p, Holm p, seeds, verdict
     "Judge claims by the rule above."
     table = pd.DataFrame([_test(measured, claim) for claim in claims])
     empty = ["published T", "published S", "first", "second", "difference", "spread", "low", "high", "way", "p_value", "p_same"]
     table = table.reindex(columns=["claim", "seeds", "state", "expect", *empty])
     asked = table[["p_value", "p_same"]].where(table["state"].eq(""))
-    adjusted = asked.to_numpy(float, copy=True).ravel()
-    if (given := np.isfinite(adjusted)).any():
-        adjusted[given] = holm(adjusted[given])
+    adjusted, later = asked.to_numpy(float, copy=True).ravel(), np.repeat([claim.later for claim in claims], 2)
+    for family in (~later & np.isfinite(adjusted), later & np.isfinite(adjusted)):
+        if family.any():
+            adjusted[family] = holm(adjusted[family])
     table[["p_holm", "p_same_holm"]] = adjusted.reshape(-1, 2)
     return table.assign(verdict=table.apply(_verdict, axis=1)).drop(columns=["state", "expect", "way"])
 

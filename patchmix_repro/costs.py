@@ -16,8 +16,9 @@ import pandas as pd
 from . import store
 from .config import train_config
 from .core import InputError, project_root
+from .home import in_short
 from .plan import Step, Sweep, place_of, steps_of
-from .report_card import in_short, report_card
+from .report_card import report_card
 from .versions import outdated
 
 # %% ../nbs/16a_costs.ipynb #fb222692
@@ -102,7 +103,7 @@ def front_page(
 ) -> str:  # Markdown
     "Verdicts in short, links to the pages, what older code has made, and what each kind of step took."
     records, steps = Path(place_of(sweep)) / "records", steps_of(sweep)
-    card = in_short({f"{sweep.data}, {sweep.scale}": report_card(records, sweep.data, sweep.scale)}, base="", end=".html")
+    card = in_short({f"{sweep.data}, {sweep.scale}": report_card(records, sweep.data, sweep.scale)}, base="")
     pages = [f"- [{step.notebook.partition('/')[2].replace('_', ' ')}]({step.notebook.partition('/')[2]}.html)" for step in steps.values() if step.kind == "page"]
     older, times = outdated(records), times_by_kind(step_times(sweep))
     lines = [f"| {kind} | {row['runs']:.0f} | {row['minutes']:.1f} | {row['longest']:.1f} | {row['memory']:.1f} |" for kind, row in times.iterrows()]

@@ -22,6 +22,7 @@ from .core import InputError, choose, stable_hash
 from .data import DATASETS
 from .models import IMAGE_SIZE
 from .parameters import settle
+from .remixer_tables import as_published
 from .report_card import MEASURED_BY, PAGES, trained_by
 from .shifted_records import SHIFTED
 
@@ -107,7 +108,7 @@ def train_step(
     **changed,  # parameters that are not the recipe's
 ) -> Step:
     "The training of a recipe; \"plain\" of ReMixer is \"timm\" of Patch Mixing, one run."
-    given = trained_by(side, page, sweep.data)[0] | {"scale": sweep.scale, "precision": sweep.precision, "seed": seed} | changed
+    given = as_published(trained_by(side, page, sweep.data)[0] | {"scale": sweep.scale, "precision": sweep.precision, "seed": seed} | changed)
     given |= {"max_steps": SUBSETS[sweep.subset].max_steps} if SUBSETS[sweep.subset].max_steps else {}
     name = run_id(train_config(**given))
     return Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'IN_DOMAIN', 'gains', 'pairs_of', 'gain_table', 'gain_figure', 'kappa_figure', 'kappa_words', 'kappa_table',
-           'labeller_table', 'training_of', 'commands', 'missing_runs']
+           'labeller_table', 'training_of', 'as_published', 'commands', 'missing_runs']
 
 # %% ../nbs/15f_remixer_tables.ipynb #aaeefacd
 from collections.abc import Sequence
@@ -194,6 +194,16 @@ def training_of(
         given |= {"token_labels": True} | ({} if kind == "remixer" else {"labels": full(targets)})
     return given, full(tested) if trained else ""
 
+# %% ../nbs/15f_remixer_tables.ipynb #a3fef024
+def as_published(
+    given: dict,  # parameters of train.ipynb, with model, data and scale
+) -> dict:  # with the published runs' settings for that data set, where they are not the defaults
+    "What makes a further training a sibling of the published ones."
+    settings = {"precision": "bfloat16"}
+    if (given["data"], given["scale"]) == ("caltech9", "mini"):
+        settings |= {"epochs": 40, "crop": 0.6} | ({"batch_size": 32, "lr": 0.001} if given["model"] == "deit" else {})
+    return settings | given
+
 # %% ../nbs/15f_remixer_tables.ipynb #f9bd000b
 def commands(
     given: dict,  # from `training_of`, with scale, mixing and seed
@@ -201,6 +211,7 @@ def commands(
     measure: str = "backgrounds",  # of challenge.ipynb; "": the training's own test is enough
 ) -> list[str]:  # one or two
     "What trains a network, and what then measures it."
+    given = as_published(given)
     words = " ".join(f"-p {name} {value}" for name, value in given.items())
     found = [f"papermill nbs/train.ipynb out.ipynb {words}"]
     if measure and (measure != "shifted" or given["data"] in SHIFTED):

@@ -16,10 +16,11 @@ import simulated_remixer as sim
 from patchmix_repro import report_card as rc
 from patchmix_repro import store
 from patchmix_repro.claims import load_battery, verdicts
-from patchmix_repro.config import train_config
+from patchmix_repro.config import run_id, train_config
 from patchmix_repro.core import InputError, project_root
 from patchmix_repro.evidence import evidence_lines
-from patchmix_repro.page_claims import replacement_claims
+from patchmix_repro.page_claims import drop_claims, replacement_claims, selectivity_claims
+from patchmix_repro.remixer_tables import as_published
 from patchmix_repro.stats import seeds_needed
 
 
@@ -45,8 +46,8 @@ def card(folder):
 def test_every_claim_once_and_every_page_in_its_order(card):
     expected = [(page, claim.text) for page, asked in rc.PAGES.items() for claim in asked.claims()]
     pages = [*rc.PAGES, "selectivity_robustness"]
-    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 165
-    mine = card[card.page.ne("selectivity_robustness") & ~card.reason.str.startswith("needs the files")]
+    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 168
+    mine = card[card.page.ne("selectivity_robustness") & ~card.claim.isin(rc.not_at_hand(project_root() / "results").claim)]
     assert [*zip(mine.page, mine.claim)] == expected
 
 
@@ -69,8 +70,8 @@ def test_known_effects_are_seen_and_known_opposites_contradicted(card):
 def test_what_no_run_here_can_answer_says_why_and_what_could(card):
     shifted = card.set_index(["page", "claim"]).loc[("remixer_shifted", "DeiT remixer mask: real_9 higher than DeiT plain")]
     assert shifted.verdict == "not testable here" and "ImageNet-9's" in shifted.reason and "-p data imagenet9" in shifted.command and "-p labels saliency" in shifted.command
-    kappa = rc.judge_page("remixer_kappa", project_root() / "results", "shapes9", "mini").set_index("claim").loc["DeiT: quarter 4 without the last layer within 0.05 of zero"]
-    assert kappa.verdict == "not testable here" and "last layer alone" in kappa.reason and "-p scale small" in kappa.command
+    kappa = rc.judge_page("remixer_kappa", project_root() / "results", "shapes9", "mini").set_index("claim").loc["DeiT: kappa of quarter 4 without the last layer within 0.05 of zero"]
+    assert kappa.verdict == "not testable here" and "the last quarter alone" in kappa.reason and "-p scale small" in kappa.command
 
 
 def test_more_questions_ask_for_more_seeds():
@@ -94,7 +95,7 @@ def test_data_that_came_to_hand_are_no_longer_missing(tmp_path):
     before = rc.not_at_hand(tmp_path)
     store.append(simulated.published_set("convnext", "smd", 60, 100), tmp_path)
     after = rc.not_at_hand(tmp_path)
-    assert len(before) == 4 and set(before.claim) - set(after.claim) == {"accuracies on the published SMD"}
+    assert before.paper.value_counts().to_dict() == {"Patch Mixing": 4, "ReMixer": len(rc.BESIDE)} and set(before.claim) - set(after.claim) == {"accuracies on the published SMD"}
 
 
 def test_one_seed_is_not_decided(tmp_path):
@@ -111,7 +112,7 @@ def test_noise_alone_is_rarely_called_seen(seeds):
     recipes = dict.fromkeys(side for claim in claims for side in (claim.first, claim.second))
     rows = pd.DataFrame([(*recipe, seed, curve, x) for recipe in recipes for seed in range(seeds) for curve, x in places], columns=["model", "mixing", "train_seed", "curve", "x"])
     way = np.array([claim.expect in ("more", "less") for claim in claims])
-    assert way.sum() == 4 and len(claims) == 8
+    assert way.sum() == 4 and len(claims) == 10
     for _ in range(120):
         table = verdicts(rows.assign(kept=rng.normal(0.5, 0.02, len(rows)), accuracy=0.5), claims)
         wrong += (table.verdict.eq("shown opposite") | table.verdict.eq("shown") & way).any()
@@ -120,10 +121,46 @@ def test_noise_alone_is_rarely_called_seen(seeds):
 
 @pytest.mark.parametrize("low, high, published, words", [
     (-0.03, 0.04, 0.2, ["excludes the published difference", "smaller than 0.05 either way"]),
-    (-0.2, 0.04, 0.02, []), (-0.2, 0.04, float("nan"), []), (0.01, 0.3, 0.2, ["5 % by itself, not after Holm's correction"]),
+    (-0.2, 0.04, 0.02, []), (-0.03, 0.3, (0.4, 0.2), []), (-0.03, 0.1, (0.4, 0.2), ["excludes the published difference"]), (-0.2, 0.04, float("nan"), []), (0.01, 0.3, 0.2, ["5 % by itself, not after Holm's correction"]),
 ])
 def test_what_an_interval_leaves(low, high, published, words):
-    assert rc.left_open(replacement_claims()[0], {"low": low, "high": high, "p_value": 0.04 if low > 0 else 0.5}, published) == words
+    assert rc.left_open(replacement_claims()[0], {"low": low, "high": high, "p_value": 0.04 if low > 0 else 0.5}, *np.atleast_1d(published)) == words
+
+
+def test_a_later_claim_moves_no_older_verdict(folder):
+    rows, claims = load_battery(folder, "shapes9", "mini"), replacement_claims()
+    older = [claim for claim in claims if not claim.later]
+    assert [claim.text.split(" within")[0] for claim in claims if claim.later] == ["ConvNeXt with Patch Mixing matches original Swin"] * 2
+    pd.testing.assert_frame_equal(verdicts(rows, claims).iloc[: len(older)], verdicts(rows, older))
+    row = rc.judge_page("replacement", folder, "shapes9", "mini").iloc[-1]
+    assert row.reason.startswith("younger than the records")
+
+
+def test_equals_at_the_floor_and_margins_that_bridge_nothing_are_named(tmp_path):
+    claim, row = drop_claims()[2], {"verdict": "shown", "low": -0.01, "high": 0.01, "first": 0.01, "second": 0.02}
+    assert rc._notes("drop", claim, row, None) == ["both keep next to nothing there: it says little"]
+    assert rc._notes("drop", claim, row | {"first": 0.2}, None) == []
+    maps = pd.DataFrame([("convnext", 0.50), ("swin", 0.51)], columns=["model", "mass"]).assign(curve="patch", mixing="timm")
+    reaches = next(claim for claim in selectivity_claims() if claim.expect == "no less")
+    assert "an untouched ConvNeXt would pass" in rc._notes("selectivity_table", reaches, row | {"first": 0.5, "second": 0.51}, maps)[-1]
+    assert rc._notes("selectivity_table", reaches, row, maps.assign(mass=[0.5, 0.6])) == []
+
+
+def test_a_command_lists_every_training_that_lacks_and_the_published_settings():
+    card = rc.report_card(project_root() / "results", "caltech9")
+    lines = card.set_index(["page", "claim"]).command
+    shared = lines["remixer_kernels", "ConvMixer: shared kernels cost accuracy (Original)"]
+    assert "-p model convmixer " in shared and "-p model convmixer_full " in shared and shared.count("train.ipynb") == 2
+    maps = lines["selectivity_table", "Patch Mixing makes ConvNeXt more selective (occluders, mass)"]
+    assert "-p set smd" in maps and "caltech9-convnext-mini-switch-s0-979185d0" in maps and "-p epochs 40" in maps
+
+
+def test_a_further_training_is_a_sibling_of_the_published_ones():
+    records = store.read(project_root() / "results", "train")
+    records = records[records["config.varied"].isna()] if "config.varied" in records else records
+    plain = records[records["config.model"].isin(["convnext", "swin", "deit"]) & records["config.remixer"].ne(True) & records["config.mixing"].isin(["timm", "switch"])]
+    told = [{"model": row["config.model"], "data": row["config.data"], "scale": row["config.scale"], "mixing": row["config.mixing"], "seed": int(row["seed"])} | ({"precision": "auto"} if row["config.precision"] == "auto" else {}) for row in plain.to_dict("records")]
+    assert len(told) > 30 and [run_id(train_config(**as_published(given))) for given in told] == plain.run_id.tolist()
 
 
 def test_the_figure_has_a_square_a_claim(card):
