@@ -250,18 +250,19 @@ def load_relink():
 
 def test_api_links_of_the_site_reach_the_numbered_page(tmp_path):
     relink = load_relink()
+    base = sys.modules["site_pages"].API
     for name in ("nbs/00_core.html", "nbs/results/first_runs.html"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    link = f'<a href="{relink.api_base()}core.html#choose">'
+    link = f'<a href="{base}core.html#choose">'
     page = tmp_path / "nbs/results/first_runs.html"
-    assert relink.relink(link, page, tmp_path, relink.api_base()) == '<a href="../00_core.html#choose">'
-    raw = f'<span class="co"># from [`choose`]({relink.api_base()}core.html#choose)</span>'
-    assert relink.relink(raw, page, tmp_path, relink.api_base()) == '<span class="co"># from choose</span>'
-    private = f'<a href="{relink.api_base()}core.html#_hidden"><code>_hidden</code></a>'
-    assert relink.relink(private, page, tmp_path, relink.api_base()) == "<code>_hidden</code>"
+    assert relink.relink(link, page, tmp_path) == '<a href="../00_core.html#choose">'
+    raw = f'<span class="co"># from [`choose`]({base}core.html#choose)</span>'
+    assert relink.relink(raw, page, tmp_path) == '<span class="co"># from choose</span>'
+    private = f'<a href="{base}core.html#_hidden"><code>_hidden</code></a>'
+    assert relink.relink(private, page, tmp_path) == "<code>_hidden</code>"
     unknown = link.replace("core", "nowhere")
-    assert relink.relink(unknown, page, tmp_path, relink.api_base()) == unknown
+    assert relink.relink(unknown, page, tmp_path) == unknown
 
 
 def slug(heading):

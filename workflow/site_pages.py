@@ -23,11 +23,19 @@ def page(title, body):
     return f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>'
 
 
-def api_links(body, pages):
-    "Links that nbdev writes to the API, at the address of the site and without a page's number: to the page of this site."
-    numbered = {re.sub(r"^\d+[a-z]?_", "", name): name for name in pages}
-    body = re.sub(f'<a href="{re.escape(API)}[^"]*#_[^"]*">(.*?)</a>', r"\1", body)  # a private name has no place of its own
-    return re.sub(re.escape(API) + r"(?:\w+/)*(\w+)\.html", lambda found: f"{numbered[found[1]]}.html" if found[1] in numbered else found[0], body)
+def api_links(body, places):
+    """Links that nbdev writes to the API, at the address of the site and without a page's number: to their place, page name -> address.
+
+    In the comment of a signature such a link shows as raw Markdown, and a private name has no place of its own: both become the bare name.
+    """
+    body = re.sub(r"\[`([^`]+)`\]\(" + re.escape(API) + r"[^)]*\)", r"\1", body)
+    body = re.sub(f'<a href="{re.escape(API)}[^"]*#_[^"]*">(.*?)</a>', r"\1", body)
+    return re.sub(re.escape(API) + r"(?:\w+/)*(\w+)\.html", lambda found: places.get(found[1], found[0]), body)
+
+
+def unnumbered(name):
+    "A page's name as nbdev writes it."
+    return re.sub(r"^\d+[a-z]?_", "", name)
 
 
 def relink(body, pages, folder):
@@ -40,7 +48,7 @@ def relink(body, pages, folder):
         place = next(iter(NOTEBOOKS.rglob(f"{name}.ipynb")), None)
         return f'href="{os.path.relpath(place, folder)}{anchor}"' if place else found[0]
 
-    return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, api_links(body, pages))
+    return re.sub(r'href="(?!https?:)([^"#]+)\.ipynb(#[^"]*)?"', target, api_links(body, {unnumbered(name): f"{name}.html" for name in pages}))
 
 
 def slugged(body):
