@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import store
+from .again import again_words, trained_again
 from .config import train_config
 from .core import InputError, project_root
 from .home import in_short
@@ -47,16 +48,17 @@ def times_by_kind(
 def file_times(
     sweep: Sweep,  # whose steps have all run
 ) -> Path:  # of the record
-    "File the times of a sweep as a record, which `store.publish` copies; wall_minutes run from the first step's start to the last one's end, pauses included."
+    "File the times of a sweep as a record, which `store.publish` copies, and the trainings that results/ has too; wall_minutes run from the first step's start to the last one's end, pauses included."
     times = step_times(sweep)
     if lacking := set(steps_of(sweep)) - set(times["step"]):
         raise InputError(f"{len(lacking)} steps have not run, {sorted(lacking)[0]} among them. Run snakemake again.")
     setting = {"data": sweep.data, "scale": sweep.scale, "subset": sweep.subset, "first": sweep.first, "seeds": sweep.seeds, "precision": sweep.precision}
     metrics = {"minutes": float(times["minutes"].sum()), "wall_minutes": float((times["start"] + times["minutes"]).max())}
     metrics |= {"memory_gb": float(times["memory"].max())} if times["memory"].notna().any() else {}
+    again = {"again": pairs} if len(pairs := trained_again(Path(place_of(sweep)) / "records")) else {}
     for old in (place := Path(place_of(sweep)) / "times").glob("*.parquet"):
         old.unlink()
-    record = store.new_record("sweep", setting, seed=sweep.first, data={}, metrics=metrics, tables={"steps": times})
+    record = store.new_record("sweep", setting, seed=sweep.first, data={}, metrics=metrics, tables={"steps": times} | again)
     return store.append(record, place)
 
 # %% ../nbs/16a_costs.ipynb #b343a007
@@ -101,7 +103,7 @@ def price(
 def front_page(
     sweep: Sweep,  # whose pages are drawn
 ) -> str:  # Markdown
-    "Verdicts in short, links to the pages, what older code has made, and what each kind of step took."
+    "Verdicts in short, links to the pages, what older code has made, how trainings of results/ came out here, and what each kind of step took."
     records, steps = Path(place_of(sweep)) / "records", steps_of(sweep)
     card = in_short({f"{sweep.data}, {sweep.scale}": report_card(records, sweep.data, sweep.scale)}, base="")
     pages = [f"- [{step.notebook.partition('/')[2].replace('_', ' ')}]({step.notebook.partition('/')[2]}.html)" for step in steps.values() if step.kind == "page"]
@@ -110,5 +112,5 @@ def front_page(
     made = [f"{older['part'].nunique()} of {len(store.read(records))} records were made by an older version of the library:", "", *(f"- {row.run_id}: {row.modules}" for row in older.itertuples())]
     seeds = f"seed {sweep.first}" if sweep.seeds == 1 else f"seeds {sweep.first} to {sweep.first + sweep.seeds - 1}"
     warning = ["The trainings stopped after two steps: this tries the graph, and its numbers mean nothing.", ""] if sweep.subset == "smoke" else []
-    return "\n".join([f"# {sweep.data}, {sweep.scale}, {sweep.subset}: {seeds}", "", *warning, card, "## Pages", "", *pages, "", "## Records", "", *(made if len(older) else ["All records were made by this version of the library."]), "",
+    return "\n".join([f"# {sweep.data}, {sweep.scale}, {sweep.subset}: {seeds}", "", *warning, card, "## Pages", "", *pages, "", "## Records", "", *(made if len(older) else ["All records were made by this version of the library."]), "", again_words(trained_again(records)), "",
                       "## Time", "", "| step | runs | minutes | longest | memory, GB |", "|---|---|---|---|---|", *lines, ""])
