@@ -99,7 +99,7 @@ def _remixing(table, row, column):
     base, _, label = row.partition(" + ReMixer (")
     name, training = column.removesuffix(" gain"), f"remixer {LABELLERS[label.rstrip(')')]}" if label else "plain"
     if table == "6":
-        training, name = ("plain tokens" if name == "TL" else "remixer dense tokens"), "original"
+        return NETWORKS[base], "plain tokens" if name == "TL" else "remixer dense tokens", "imagenet", "test", "gain" if column.endswith(" gain") else "accuracy"
     condition = "original" if name == "ImageNet-9" else f"quarter {name[6]}" if table == "3" else name.lower().replace("-", "_")
     training = "remixer mask" if table == "3" else training
     metric = "kappa" if table == "3" else "gain" if column.endswith(" gain") else "accuracy"

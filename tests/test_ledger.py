@@ -170,7 +170,7 @@ def test_the_frame_belongs_to_the_caller():
     ("ReMixer", "2", "DeiT-S + ConViT + ReMixer (ReLabel)", "Mixed-Rand", ("convit", "remixer dense", "imagenet9", "mixed_rand", "accuracy")),
     ("ReMixer", "3", "ConvMixer-512/8", "Layer 2/4", ("convmixer", "remixer mask", "imagenet9", "quarter 2", "kappa")),
     ("ReMixer", "5", "DeiT-S + ReMixer (BigBiGAN)", "Sketch-9", ("deit", "remixer mask", "imagenet9", "sketch_9", "accuracy")),
-    ("ReMixer", "6", "DeiT-B", "TL + ReMixer gain", ("deit_b", "remixer dense tokens", "imagenet9", "original", "gain")),
+    ("ReMixer", "6", "DeiT-B", "TL + ReMixer gain", ("deit_b", "remixer dense tokens", "imagenet", "test", "gain")),
     ("ReMixer", "7", "ConvMixer-512/8-Full", "Original", ("convmixer_full", "plain", "imagenet9", "original", "accuracy")),
 ])
 def test_a_number_names_what_answers_it(paper, table, row, column, expected):
