@@ -15,6 +15,7 @@ body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 syst
 a { color: #0072b2 } img, svg { max-width: 100%; height: auto } table { display: block; max-width: 100%; overflow-x: auto; border-collapse: collapse; font-size: .85rem } p code, li code, td code { overflow-wrap: anywhere } .table, .output, .jp-OutputArea { overflow-x: auto }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ccc; text-align: left } pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .8rem }
 .prompt, .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none }
+@media (max-width: 600px) { p:has(> img), .jp-OutputArea-output, .output { overflow-x: auto } p > img, .output img, .output svg, .jp-OutputArea img, .jp-OutputArea svg { max-width: 48rem } }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #16181c } a { color: #6cb6ff } pre { background: #22252b } img, svg { background: #fff } th, td { border-color: #444 } }"""
 
 
