@@ -164,9 +164,10 @@ class Claim:
     value: str = "kept"  # column that is compared
     margin: float = 0.05  # for "same" and "no less": the largest difference that does not matter, in the value's unit
     later: bool = False  # written when records were known: a Holm family of its own, so that older verdicts stay
+    ours: bool = False  # no sentence of the paper: judged on its page, not on the card
 
 # %% ../nbs/14a_claims.ipynb #f0228b83
-RULE = ("shown", "shown opposite", "not shown", "cannot be tested", "not measured yet", "one seed", "no spread")
+RULE = ("seen", "contradicted", "not decided", "not testable here", "not measured yet", "one seed", "no spread")
 
 # %% ../nbs/14a_claims.ipynb #3d93eac5
 def _at(rows, claim, x):
@@ -206,13 +207,13 @@ def published_difference(
 def _test(measured, claim):
     first, second = (_per_seed(measured, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
     state = "not measured yet" if not min(len(first), len(second)) else "one seed" if min(len(first), len(second)) < 2 else ""
-    state = state or ("cannot be tested" if _blind(measured, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
+    state = state or ("not testable here" if _blind(measured, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
     row = {"claim": claim.text, "seeds": f"{len(first)} + {len(second)}", "state": state, "expect": claim.expect}
     row |= {f"published {size}": value for size, value in published_difference(claim).items()}
     if len(first) and len(second):
         row |= {"first": first.mean(), "second": second.mean(), "difference": first.mean() - second.mean()}
         row["spread"] = np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2) if min(len(first), len(second)) > 1 else np.nan
-    if state in ("", "cannot be tested"):
+    if state in ("", "not testable here"):
         shift = {"more": 0.0, "less": 0.0, "no less": claim.margin, "same": -np.copysign(claim.margin, row["difference"])}[claim.expect]
         found = compare_seeds(first + shift, second)
         row |= {"low": found.low - shift, "high": found.high - shift, "p_value": found.p_value, "way": found.estimate}
@@ -227,8 +228,8 @@ def _verdict(row):
         return row["state"]
     if row["p_holm"] < 0.05:
         way = -row["way"] if row["expect"] == "less" else row["way"]
-        return "shown" if way > 0 and row["expect"] != "same" else "shown opposite"
-    return "shown" if row["p_same_holm"] < 0.05 else "not shown"
+        return "seen" if way > 0 and row["expect"] != "same" else "contradicted"
+    return "seen" if row["p_same_holm"] < 0.05 else "not decided"
 
 # %% ../nbs/14a_claims.ipynb #f8803d9e
 def verdicts(

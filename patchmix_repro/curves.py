@@ -187,7 +187,11 @@ def selectivity_dots(
     rows = selectivity[selectivity["curve"].eq(images)]
     if rows.empty:
         return absent(f"selectivity on set {images!r}")
-    return accuracy_dots(rows.rename(columns={"train_seed": "seed", score: "accuracy"}), title, f"selectivity ({score}), points")
+    figure, found = accuracy_dots(rows.rename(columns={"train_seed": "seed", score: "accuracy"}), title, f"selectivity ({score}), points")
+    figure.axes[0].set_yticklabels([f"{FAMILY.get(row.model, row.model)}, {TRAINING.get(row.mixing, row.mixing)}" for row in found.itertuples()])
+    if score == "mass":  # 0: none
+        figure.axes[0].set_xlim(left=min(0, figure.axes[0].get_xlim()[0]))
+    return figure, found
 
 # %% ../nbs/15a_curves.ipynb #81d2f214
 def strip(

@@ -4,17 +4,11 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'CLEAN', 'SELECTIVE', 'PAGE_CLAIMS', 'unchanged', 'ahead', 'gains', 'matches', 'original_claims',
-           'replacement_claims', 'permutation_claims', 'drop_claims', 'accuracy_claims', 'selectivity_claims',
-           'left_open', 'needed']
+           'replacement_claims', 'permutation_claims', 'drop_claims', 'accuracy_claims', 'selectivity_claims']
 
 # %% ../nbs/14f_page_claims.ipynb #c8d45629
-import numpy as np
-
-from statsmodels.stats.power import TTestPower
-
 from .claims import Claim
 from .ledger import FAMILY
-from .stats import seeds_needed
 
 # %% ../nbs/14f_page_claims.ipynb #18f103f3
 KEPT, CLEAN, SELECTIVE = 0.05, 0.01, 0.02
@@ -113,40 +107,3 @@ PAGE_CLAIMS = {  # page below nbs/results -> its claims
     "originals": original_claims, "replacement": replacement_claims, "permutation": permutation_claims, "drop": drop_claims,
     "accuracies": accuracy_claims, "selectivity_table": selectivity_claims,
 }
-
-# %% ../nbs/14f_page_claims.ipynb #9ebf80aa
-def left_open(
-    claim: Claim,  # not decided
-    row: dict,  # of `verdicts`: low, high, p_value
-    *published: float,  # differences in the paper, of its Tiny and its Small networks; NaN where there is none
-) -> list[str]:
-    "What the interval says of a claim that is not decided."
-    low, high, way, known = row["low"], row["high"], claim.expect in ("more", "less"), [value for value in published if value == value]
-    said = {
-        "excludes the published difference": bool(known) and all(value < low or value > high for value in known),
-        f"smaller than {claim.margin:g} either way": way and -claim.margin < low and high < claim.margin and not any(abs(value) <= claim.margin for value in known),
-        "5 % by itself, not after Holm's correction": way and row["p_value"] < 0.05,
-    }
-    return [words for words, true in said.items() if true]
-
-# %% ../nbs/14f_page_claims.ipynb #90f7d75e
-def _alone(spread, difference, same, alpha, most=1000):
-    "Seeds for which a one-sample test decides: of a difference, or two one-sided ones of none."
-    way, level, power = ("larger", alpha, 0.9) if same else ("two-sided", alpha, 0.8)  # each of two one-sided tests fails in one case of ten
-    enough = lambda n: TTestPower().power(difference / spread, n, level, alternative=way) >= power
-    return next((n for n in range(2, most + 1) if enough(n)), None)
-
-# %% ../nbs/14f_page_claims.ipynb #21a1b4cd
-def needed(
-    claim: Claim,  # not decided
-    spread: float,  # standard deviation over seeds
-    published: float = np.nan,  # difference that is to be seen; NaN: the claim's margin
-    questions: int = 1,  # measured on the page: Holm's first step asks 5 % / questions
-) -> int | None:  # seeds of each recipe; None: not known, or more than 1000
-    "How many seeds would decide a claim."
-    if not spread > 0:
-        return None
-    same = claim.expect in ("same", "no less")
-    if claim.second[1] == "nothing":  # a recipe by itself: its own spread, and n - 1 degrees of freedom
-        return _alone(spread * 2**0.5, claim.margin if same or not abs(published) > 0 else abs(published), same, 0.05 / questions)
-    return seeds_needed(spread, claim.margin if same or not abs(published) > 0 else published, same, alpha=0.05 / questions)

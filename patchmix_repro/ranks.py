@@ -156,6 +156,6 @@ def correlations(
     table = pd.DataFrame(rows, columns=["networks", *Interval._fields, "recipes", "sign", "p_holm"])
     asked_p = table["p_holm"].notna()
     table.loc[asked_p, "p_holm"] = holm(table.loc[asked_p, "p_holm"]) if asked_p.any() else np.nan
-    words = [("not measured yet" if row.n < 4 else "cannot be tested" if np.isnan(row.p_holm) else "not shown" if row.p_holm > 1 - level
-              else "shown" if row.sign > 0 else "shown opposite") for row in table.itertuples()]
+    words = [("not measured yet" if row.n < 4 else "not testable here" if np.isnan(row.p_holm) else "not decided" if row.p_holm > 1 - level
+              else "seen" if row.sign > 0 else "contradicted") for row in table.itertuples()]
     return table.drop(columns="sign").assign(verdict=words)

@@ -19,7 +19,7 @@ from . import store
 from .config import run_id, train_config
 from .curves import absent
 from .plots import MODEL_COLOUR, style
-from .remixer_claims import paper_value
+from .remixer_claims import WAY, paper_value
 from .remixer_records import NAMES, VARIANTS
 from .shifted_records import SHIFTED
 from .stats import compare_seeds, mean_interval
@@ -109,7 +109,7 @@ def gain_figure(
         for i, model in enumerate(models):
             for j, variant in enumerate(variants):
                 _gain_panel(axes[i, j], rows[rows["model"].eq(model) & rows["variant"].eq(variant)], names)
-                axes[0, j].set_title(VARIANTS.get(variant, variant), fontsize=8)
+                axes[0, j].set_title(VARIANTS.get(variant, variant) + "\n(lower is better)" * (WAY.get(variant) == "less"), fontsize=8)
             axes[i, 0].set_ylabel(NAMES[model], fontsize=8)
         figure.supxlabel(f"gain over the baseline, points: dot measured, cross printed. {title}", fontsize=8)
     said = rows[rows["gain"].notna()]

@@ -104,25 +104,25 @@ def frame(first, second, discriminates=True):
 
 
 @pytest.mark.parametrize("first, second, expect, discriminates, verdict", [
-    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "more", True, "shown"),
-    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "more", True, "shown opposite"),
-    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "more", True, "not shown"),
-    ((0.600, 0.601, 0.602), (0.601, 0.602, 0.600), "same", True, "shown"),
-    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "same", True, "shown opposite"),
-    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "same", True, "not shown"),
-    ((0.620, 0.621, 0.622), (0.600, 0.601, 0.602), "same", True, "shown"),  # differs from 0, yet within the margin
-    ((0.650, 0.651, 0.652), (0.600, 0.601, 0.602), "same", True, "not shown"),  # on the margin
-    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "same", True, "shown opposite"),
-    ((0.590, 0.591, 0.592), (0.600, 0.601, 0.602), "no less", True, "shown"),
-    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "no less", True, "shown"),
-    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "no less", True, "shown opposite"),
-    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "no less", True, "not shown"),
-    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "less", True, "shown"),
-    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "less", True, "shown opposite"),
-    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "less", True, "not shown"),
+    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "more", True, "seen"),
+    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "more", True, "contradicted"),
+    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "more", True, "not decided"),
+    ((0.600, 0.601, 0.602), (0.601, 0.602, 0.600), "same", True, "seen"),
+    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "same", True, "contradicted"),
+    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "same", True, "not decided"),
+    ((0.620, 0.621, 0.622), (0.600, 0.601, 0.602), "same", True, "seen"),  # differs from 0, yet within the margin
+    ((0.650, 0.651, 0.652), (0.600, 0.601, 0.602), "same", True, "not decided"),  # on the margin
+    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "same", True, "contradicted"),
+    ((0.590, 0.591, 0.592), (0.600, 0.601, 0.602), "no less", True, "seen"),
+    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "no less", True, "seen"),
+    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "no less", True, "contradicted"),
+    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "no less", True, "not decided"),
+    ((0.50, 0.51, 0.52), (0.80, 0.81, 0.82), "less", True, "seen"),
+    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "less", True, "contradicted"),
+    ((0.50, 0.60, 0.70), (0.55, 0.60, 0.71), "less", True, "not decided"),
     ((0.5, 0.5, 0.5), (0.4, 0.4), "more", True, "no spread"),
     ((0.5, 0.5, 0.5), (0.5, 0.5), "same", True, "no spread"),
-    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "more", False, "cannot be tested"),
+    ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "more", False, "not testable here"),
     ((0.80,), (0.50, 0.51, 0.52), "more", True, "one seed"),
     ((), (0.50, 0.51, 0.52), "more", True, "not measured yet"),
     ((), (), "same", True, "not measured yet"),
@@ -135,7 +135,7 @@ def test_the_rule_by_hand(first, second, expect, discriminates, verdict):
 
 def test_one_network_that_discriminates_is_enough():
     rows = frame((0.8, 0.81, 0.82), (0.5, 0.51, 0.52)).assign(discriminates=[False] * 5 + [True])
-    assert verdicts(rows, [Claim("it", *OWN, "drop-14", 80)])["verdict"].item() == "shown"
+    assert verdicts(rows, [Claim("it", *OWN, "drop-14", 80)])["verdict"].item() == "seen"
 
 
 def test_a_table_holds_the_tests_numbers(battery):
@@ -189,7 +189,7 @@ def test_what_is_not_published_has_no_published_difference():
 def test_changing_sides_changes_the_sign(first, second):
     ahead, behind = (verdicts(frame(a, b), [Claim("it", *OWN, "drop-14", 80)]).iloc[0] for a, b in ((first, second), (second, first)))
     assert ahead["difference"] == pytest.approx(-behind["difference"], abs=1e-9)
-    swapped = {"shown": "shown opposite", "shown opposite": "shown", "not shown": "not shown"}
+    swapped = {"seen": "contradicted", "contradicted": "seen", "not decided": "not decided"}
     assert swapped[ahead["verdict"]] == behind["verdict"]
 
 
@@ -289,8 +289,8 @@ def test_selectivity_meets_robustness_by_network(folder, battery):
     mine = battery.query("model == 'swin' and mixing == 'timm' and train_seed == 2")
     assert row["robustness"] == pytest.approx(mine[mine["curve"].isin(["paste", "slide"])]["kept"].mean())
     table = ranks.correlations(pairs).set_index("networks")
-    assert table.loc["all", "verdict"] == "shown" and table["n"].tolist() == [18, 18, 18, 6, 6, 6] and table["recipes"].tolist() == [6, 6, 6, 2, 2, 2]
-    assert set(table["verdict"][-3:]) == {"cannot be tested"} and table["p_holm"][-3:].isna().all()
+    assert table.loc["all", "verdict"] == "seen" and table["n"].tolist() == [18, 18, 18, 6, 6, 6] and table["recipes"].tolist() == [6, 6, 6, 2, 2, 2]
+    assert set(table["verdict"][-3:]) == {"not testable here"} and table["p_holm"][-3:].isna().all()
     assert table.loc["all", "estimate"] == pytest.approx(spearmanr(pairs["selectivity"], pairs["robustness"]).statistic)
     with pytest.raises(InputError, match="score"):
         ranks.robustness(battery, selectivity, score="mas")

@@ -168,7 +168,7 @@ def test_a_page_on_a_full_store(name, folder, tmp_path, capsys):
     assert all(path.with_suffix(".csv").is_file() for path in tmp_path.glob("*.svg")) and (list(tmp_path.glob("*.svg")) or name == "accuracies")
     if "claims" in space:
         assert all(claim.text in printed for claim in space["claims"])
-        assert len(space["table"]) == len(space["claims"]) and set(space["table"]["verdict"]) <= {"shown", "shown opposite", "not shown", "cannot be tested"}
+        assert len(space["table"]) == len(space["claims"]) and set(space["table"]["verdict"]) <= {"seen", "contradicted", "not decided", "not testable here"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,7 +184,7 @@ def test_a_page_on_a_store_with_a_few_records(name, tmp_path, capsys):
     simulated.fill(tmp_path, [("convnext", mixing, seed) for mixing in ("timm", "switch") for seed in range(2)] + [("deit", "timm", 0)])
     printed, space = run(name, capsys, results=str(tmp_path))
     if name == "replacement":
-        assert {"not measured yet", "shown"} <= set(space["table"]["verdict"])
+        assert {"not measured yet", "seen"} <= set(space["table"]["verdict"])
 
 
 @pytest.mark.parametrize("name", FIXED)

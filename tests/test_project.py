@@ -13,10 +13,12 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -315,13 +317,26 @@ def test_the_readme_prints_each_command_on_one_line(name, ending):
     assert line.endswith(ending)
 
 
-def test_the_python_of_the_readme_imports():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    imports = [n for block in blocks for n in ast.walk(ast.parse(block)) if isinstance(n, ast.ImportFrom)]
-    assert {n.module for n in imports} == {f"patchmix_repro.{name}" for name in ("mixing", "data", "evaluation", "smd", "saliency", "labelers", "remixer")}
-    for node in imports:
-        module = importlib.import_module(node.module)
-        assert not [a.name for a in node.names if not hasattr(module, a.name)]
+def test_five_lines_on_your_own_model_run(tmp_path, monkeypatch):
+    "Every block of Python in the README, one after the other, on one small picture of a class."
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    blocks, small, make = re.findall(r"```python\n(.*?)```", README, re.DOTALL), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 10)), timm.create_model
+    small.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert len(blocks) == 6 and all(len(block.splitlines()) <= 5 for block in blocks)
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: make(name, depth=2, **given) if name.startswith("vit") else small)
+    monkeypatch.chdir(tmp_path)
+    for number in range(10):
+        for split in ("train", "test"):
+            (folder := tmp_path / "my_images" / split / f"class{number}").mkdir(parents=True)
+            Image.fromarray(np.full((224, 224, 3), 25 * number, np.uint8)).save(folder / "one.png")
+    torch.manual_seed(0)
+    images, labels = torch.rand(2, 3, 224, 224), torch.tensor([1, 2])
+    space = {"loader": [(images, labels)], "images": images, "labels": labels, "y": labels, "saliency": torch.rand(2, 1, 224, 224), "x": images[:, :, ::4, ::4], "donor_y": labels.flip(0)}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+    assert space["found"].map.shape == space["found"].stderr.shape == (2, 56, 56) and all(part.grad is not None for part in space["model"].parameters())
+    imports = {node.module for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)}
+    assert imports == {f"patchmix_repro.{name}" for name in ("mixing", "data", "evaluation", "smd", "saliency", "labelers", "remixer")}
 
 
 def test_constraints_pin_the_whole_environment_and_name_no_host():

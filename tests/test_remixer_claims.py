@@ -196,11 +196,11 @@ def test_two_recipes_are_compared_by_welch_over_runs(rows):
 def test_known_effects_are_found_on_every_page(folder, rows):
     quarters = rc.kappa_quarters(kappa_runs(folder), "shapes9", "mini", LABELS)
     found = {page: rc.remixer_verdicts(quarters if page == "kappa" else rows, claims)["verdict"].value_counts().to_dict() for page, claims in ALL.items()}
-    assert found["backgrounds"].get("shown", 0) >= 44 and not set(found["backgrounds"]) - {"shown", "not shown"}
-    assert found["maps"] == {"shown": 1, "not measured yet": 1} and found["tokens"] == {"shown": 1, "not measured yet": 1}
-    assert found["shifted"] == {"shown": 3, "not measured yet": 12}  # sketch_9 of the five
-    assert found["kappa"]["shown opposite"] == 1 and found["kappa"]["shown"] == 15  # in ConvMixer, quarter 1 was made the highest
-    assert found["controls"]["shown"] >= 15 and found["appendix"]["shown"] >= 12 and found["kernels"]["shown"] == 5
+    assert found["backgrounds"].get("seen", 0) >= 44 and not set(found["backgrounds"]) - {"seen", "not decided"}
+    assert found["maps"] == {"seen": 1, "not measured yet": 1} and found["tokens"] == {"seen": 1, "not measured yet": 1}
+    assert found["shifted"] == {"seen": 3, "not measured yet": 12}  # sketch_9 of the five
+    assert found["kappa"]["contradicted"] == 1 and found["kappa"]["seen"] == 15  # in ConvMixer, quarter 1 was made the highest
+    assert found["controls"]["seen"] >= 15 and found["appendix"]["seen"] >= 12 and found["kernels"]["seen"] == 5
 
 
 # error rates: the rule is fixed beforehand; of many pages without any effect, at most 5 %, and the error of counting them, may say anything
@@ -226,13 +226,13 @@ def as_run(recipe):
     (rc.background_claims(["mask"], ["deit"]) + rc.control_claims(models=["deit"])[-2:], 3, 150, 0.08), (rc.background_claims(), as_run, 60, 0.106),
 ], ids=["a network, three seeds", "table 1, the seeds really used"])
 def test_without_an_effect_a_page_rarely_says_anything(claims, seeds, pages, most):
-    assert share_of_pages(claims, lambda *place: 0.5, ["shown", "shown opposite"], pages=pages, seeds=seeds) <= most
+    assert share_of_pages(claims, lambda *place: 0.5, ["seen", "contradicted"], pages=pages, seeds=seeds) <= most
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_kappa_of_equal_quarters_does_not_fall(seeds):
     claims = [claim for claim in rc.kappa_claims() if claim.expect == "more"]
-    assert share_of_pages(claims, lambda *place: 0.0, ["shown", "shown opposite"], pages=100, seeds=seeds) <= 0.09
+    assert share_of_pages(claims, lambda *place: 0.0, ["seen", "contradicted"], pages=100, seeds=seeds) <= 0.09
 
 
 def test_a_quarter_that_is_the_dead_last_layer_is_not_judged():
@@ -249,7 +249,7 @@ def test_a_gain_of_the_margin_is_rarely_called_nothing(seeds):
     def at_the_margin(model, recipe, variant):
         return 0.5 + rc.CONTROL_MARGINS[variant] * (recipe != "plain")
 
-    assert share_of_pages(claims, at_the_margin, ["shown"], pages=100, seeds=seeds, sd=0.004) <= 0.09
+    assert share_of_pages(claims, at_the_margin, ["seen"], pages=100, seeds=seeds, sd=0.004) <= 0.09
 
 
 def test_a_known_effect_is_found():
@@ -260,10 +260,10 @@ def test_a_known_effect_is_found():
     def means(model, recipe, variant):
         return 0.5 + effect[variant] * (recipe != "plain")
 
-    found = [rc.remixer_verdicts(page(seed, claims, means, sd=0.004), claims)["verdict"].eq("shown").mean() for seed in range(10)]
+    found = [rc.remixer_verdicts(page(seed, claims, means, sd=0.004), claims)["verdict"].eq("seen").mean() for seed in range(10)]
     assert np.mean(found) > 0.9
     control = [claim for claim in rc.control_claims(models=["deit"]) if claim.expect == "same"]
-    calm = [rc.remixer_verdicts(page(seed, control, lambda *place: 0.5, sd=0.003, seeds=5), control)["verdict"].eq("shown").mean() for seed in range(10)]
+    calm = [rc.remixer_verdicts(page(seed, control, lambda *place: 0.5, sd=0.003, seeds=5), control)["verdict"].eq("seen").mean() for seed in range(10)]
     assert np.mean(calm) > 0.8
 
 
@@ -282,8 +282,8 @@ def test_less_is_the_mirror_of_more():
     rows = page(1, claims, lambda model, recipe, variant: 0.5 + 0.05 * (recipe != "plain"))
     said = rc.remixer_verdicts(rows, claims)["verdict"].tolist()
     mirrored = rc.remixer_verdicts(rows.assign(accuracy=1 - rows["accuracy"]), claims)["verdict"].tolist()
-    swap = {"shown": "shown opposite", "shown opposite": "shown", "not shown": "not shown"}
-    assert [swap[word] for word in said] == mirrored and "shown" in said
+    swap = {"seen": "contradicted", "contradicted": "seen", "not decided": "not decided"}
+    assert [swap[word] for word in said] == mirrored and "seen" in said
 
 
 def test_a_kappa_that_never_moves_has_no_spread():
