@@ -13,11 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and one thread in e
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
+# begun first, so that no process waits at the end for one long file; the others follow in their order
+LONG_FILES = ("test_workflow.py", "test_slurm.py", "test_training.py", "test_site.py", "test_browser.py", "test_explore.py", "test_figures.py")
+
 SKIPPED_CELL = re.compile(r"^#\|\s*(eval:\s*false|notest|slow|gpu)\b", re.MULTILINE)
 
 
 def pytest_collection_modifyitems(items):
-    "Let nbval compare notebooks that nbdev_clean has stripped of execution counts, and honour nbdev's flags."
+    "Begin with the long files, let nbval compare notebooks that nbdev_clean has stripped of execution counts, and honour nbdev's flags."
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is None:
