@@ -266,7 +266,7 @@ class Greedy(Linear):
 def test_a_batch_that_does_not_fit_is_halved(rows, dataset):
     model = Greedy()
     found = evaluate(model, dataset, CONDITIONS)
-    pd.testing.assert_frame_equal(found, rows, rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(found, rows, rtol=1e-3, atol=1e-6)  # some CPUs sum a batch of another size in another order
     assert model.calls == len(CONDITIONS) * forward_passes(N, 8)
     with pytest.raises(InputError, match="a batch of 64 does not fit.*'auto'"):
         evaluate(Greedy(), dataset, CONDITIONS, batch_size=64)

@@ -125,7 +125,7 @@ def test_a_dry_run_on_a_cluster(profile, needs):
 def stopped(arguments, folder, how):
     "Run the graph until one more step is finished, then stop it with a signal; the finished steps and their times."
     before = len(list(folder.glob("notebooks/*.ipynb")))
-    running = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    running = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job of a shell ignores Ctrl-C, and so would its children
     try:
         deadline = time.monotonic() + 400
         while len(list(folder.glob("notebooks/*.ipynb"))) == before and running.poll() is None and time.monotonic() < deadline:
