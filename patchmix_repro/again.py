@@ -38,5 +38,5 @@ def again_words(
     far = pairs["difference"].abs()
     same, worst = int(far.eq(0).sum()), pairs.loc[far.idxmax()]
     if same == len(pairs):
-        return f"{len(pairs)} trainings are in `results/` too, all with the same test accuracy."
-    return f"{len(pairs)} trainings are in `results/` too, {same} of them with the same test accuracy; the others differ by {100 * far[far > 0].mean():.2f} points on average, `{worst['training']}` most, by {100 * worst['difference']:+.2f}."
+        return f"Trainings that are in `results/` too: {len(pairs)}, all with the same test accuracy."
+    return f"Trainings that are in `results/` too: {len(pairs)}, of which {same} with the same test accuracy; the others differ by {100 * far[far > 0].mean():.2f} points on average, `{worst['training']}` most, by {100 * worst['difference']:+.2f}."

@@ -17,7 +17,7 @@ from .stats import seeds_needed
 
 # %% ../nbs/14g_remarks.ipynb #9ebf80aa
 def left_open(
-    claim: Claim,  # not decided
+    claim: Claim,  # judged, mostly not decided
     row: dict,  # of `verdicts`: low, high, p_value
     *published: float,  # differences in the paper, of its Tiny and its Small networks; NaN where there is none
 ) -> list[str]:
