@@ -6,7 +6,7 @@
 __all__ = ['PAPER_ROWS', 'PAPER_LABELLERS', 'PAPER_SETS', 'WAY', 'WORDS', 'NEAR_ZERO', 'CONTROL_MARGINS', 'paper_row',
            'paper_value', 'paper_difference', 'compare', 'background_claims', 'convit_claims', 'kappa_claims',
            'kappa_quarters', 'judged_quarters', 'shifted_claims', 'token_claims', 'kernel_claims', 'appendix_claims',
-           'control_claims', 'map_claims', 'remixer_verdicts', 'remixer_verdict_table']
+           'control_claims', 'map_claims', 'text_claims', 'remixer_verdicts', 'remixer_verdict_table']
 
 # %% ../nbs/14e_remixer_claims.ipynb #fc032214
 from collections.abc import Sequence
@@ -218,6 +218,12 @@ def map_claims(
 ) -> list[Claim]:
     "Table 4: with ReMixer, relevance lies more on the object."
     return [claim for label in labels for claim in compare(("deit", f"remixer {label}"), ("deit", "plain"), {"object share": "more"})]
+
+# %% ../nbs/14e_remixer_claims.ipynb #b2cd893f
+def text_claims() -> list[Claim]:
+    "What the paper says of DeiT beside its tables."
+    of = lambda label: ("deit", f"remixer {label}")
+    return compare(of("grabcut"), ("deit", "plain"), WAY) + compare(of("dense"), of("saliency"), {"original": "more"}) + compare(of("dense"), ("relpos", "plain"), WAY)
 
 # %% ../nbs/14e_remixer_claims.ipynb #db687029
 def _with_nothing(rows, value):

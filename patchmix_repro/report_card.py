@@ -26,7 +26,7 @@ from .page_claims import PAGE_CLAIMS
 from .plots import style
 from .ranks import correlations, load_selectivity, robustness
 from patchmix_repro.remixer_claims import (
-    appendix_claims, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, remixer_verdicts, shifted_claims, token_claims,
+    appendix_claims, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, remixer_verdicts, shifted_claims, text_claims, token_claims,
 )
 from .remarks import left_open, needed, remarks
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
@@ -70,6 +70,7 @@ PAGES = {page: Page("Patch Mixing", claims, load_selectivity if page == "selecti
     "remixer_kernels": _remixer(kernel_claims, _remixed("dense")),
     "remixer_appendix_c": _remixer(appendix_claims, _remixed("mask", "dense")),
     "remixer_controls": _remixer(control_claims, _remixed("mask", "shuffled", "constant")),
+    "remixer_text": _remixer(text_claims, _remixed("dense", "saliency", "grabcut")),
 }
 
 # %% ../nbs/15h_report_card.ipynb #25b28e78
@@ -79,12 +80,9 @@ ELSEWHERE = {  # data set -> claim of Patch Mixing, page
 }
 
 # %% ../nbs/15h_report_card.ipynb #4aae2398
-BESIDE = {  # claim of ReMixer -> page, changes to the training of DeiT with ReMixer, what measures it
-    "boxes with GrabCut serve as labels (section 3.1)": ("remixer_backgrounds", {"labels": "grabcut"}, "backgrounds"),
-    "class maps do better near the data they were learnt on (appendix B)": ("remixer_backgrounds", {"labels": "dense:squeezenet"}, "backgrounds"),
-    "saliency maps do better under shift (appendix B)": ("remixer_shifted", {"labels": "saliency"}, "shifted"),
-    "objects guide better than positions: CoAtNet's relative bias (appendix A)": ("remixer_convit", {"model": "relpos", "remixer": None}, "backgrounds"),
-    "data-dependent variants of the MLP's mask bring no gain (section 2.2)": ("remixer_backgrounds", None, ""),
+BESIDE = {  # claim of ReMixer -> page, why no run answers it, recipe and page of the training that would; None: nothing would
+    "saliency maps do better under shift (appendix B)": ("remixer_shifted", "needs the paper's shifted sets, whose classes are ImageNet-9's", ("deit", "remixer saliency")),
+    "data-dependent variants of the MLP's mask bring no gain (section 2.2)": ("remixer_text", "the paper does not say what they were", None),
 }
 
 # %% ../nbs/15h_report_card.ipynb #454cf5ec
@@ -218,21 +216,17 @@ def judge_ranks(
 # %% ../nbs/15h_report_card.ipynb #95a6c6de
 def not_at_hand(
     folder: str | Path,  # a store
-    data: str = "shapes9",  # data set of the card
-    scale: str = "mini",  # its scale
 ) -> pd.DataFrame:  # `COLUMNS`, one row a data set of `ELSEWHERE` without a record, one a claim of `BESIDE`
-    "What cannot be tested without data that are not here, and what nothing here tests yet."
+    "What cannot be tested without data that are not here, or is not said."
     records, rows = store.read(folder), []
     measured = set(records.get("config.data", ()))
     for name, (claim, page) in ELSEWHERE.items():
         if name not in measured:
             command = f"papermill nbs/evaluate.ipynb out.ipynb -p pretrained convnext,swin -p data {name} -p limit None"
             rows.append({"paper": "Patch Mixing", "page": page, "claim": claim, "verdict": "not testable here", "reason": f"needs the files of {name}", "command": command})
-    for claim, (page, changed, measure) in BESIDE.items():
-        given = {"model": "deit", "data": data, "remixer": True, "mixing": "timm", "scale": scale, "seed": 0} | (changed or {})
-        given = {name: value for name, value in given.items() if value is not None}
-        more = {"verdict": "not run", "reason": "", "command": "\n".join(commands(given, measure=measure))} if changed else {"verdict": "not testable here", "reason": "the paper does not say what they were", "command": ""}
-        rows.append({"paper": "ReMixer", "page": page, "claim": claim} | more)
+    for claim, (page, reason, recipe) in BESIDE.items():
+        command = "\n".join(run_commands(recipe, "imagenet9", "small", page)) if recipe else ""
+        rows.append({"paper": "ReMixer", "page": page, "claim": claim, "verdict": "not testable here", "reason": reason, "command": command})
     return pd.DataFrame([row | {"seeds": "", "runs": ""} for row in rows], columns=COLUMNS)
 
 # %% ../nbs/15h_report_card.ipynb #ee6b7b40
@@ -243,7 +237,7 @@ def report_card(
 ) -> pd.DataFrame:  # `COLUMNS`, one row a claim, pages in their order
     "Every claim of both papers and its verdict."
     parts = {page: judge_page(page, folder, data, scale) for page in PAGES}
-    more = pd.concat([judge_ranks(folder, data, scale), not_at_hand(folder, data, scale)])
+    more = pd.concat([judge_ranks(folder, data, scale), not_at_hand(folder)])
     rows = [row for paper in ("Patch Mixing", "ReMixer") for part in (*parts.values(), more) for row in part[part["paper"].eq(paper)].to_dict("records")]
     return pd.DataFrame(rows, columns=COLUMNS)
 
