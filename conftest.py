@@ -1,10 +1,13 @@
 """What every test shares: nbval made to agree with nbdev, repeatable hypothesis runs, and where the photographs lie."""
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and one thread in each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,3 +43,13 @@ def shared_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("PATCHMIX_DATA names no folder; point it at the photographs to run this test")
     return Path(folder)
+
+
+@pytest.fixture
+def graph(tmp_path):
+    "A copy of what the graph reads, to run it in: Snakemake's locks belong to a folder, and a run that ends deletes those of another."
+    folder = tmp_path / "graph"
+    for name in ("nbs", "workflow", "results"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "settings.ini", folder)
+    return folder

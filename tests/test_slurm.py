@@ -12,7 +12,6 @@ import pytest
 
 from patchmix_repro.plan import steps_of, sweep_of
 
-ROOT = Path(__file__).resolve().parents[1]
 CONF = Path("/etc/slurm/slurm.conf")  # jobs are started without our environment, so that Slurm reads its own place
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "sinfo")
 
@@ -87,13 +86,13 @@ def slurm(tmp_path_factory):
         CONF.unlink()
 
 
-def test_steps_run_as_slurm_jobs(slurm, tmp_path):
+def test_steps_run_as_slurm_jobs(slurm, graph, tmp_path):
     sweep = {"subset": "smoke", "folder": str(tmp_path / "sweep")}
     steps = steps_of(sweep_of(sweep))
     last = next(step for step in steps.values() if step.kind == "evaluate")
     target = f"{sweep['folder']}/notebooks/{last.name}.ipynb"
     done = subprocess.run([sys.executable, "-m", "snakemake", "--workflow-profile", "workflow/profiles/slurm", "--slurm-init-seconds-before-status-checks", "5", "--config", *(f"{key}={value}" for key, value in sweep.items()), "--", target],
-                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+                          cwd=graph, capture_output=True, text=True, timeout=600)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-4000:]
     assert said.count("has been submitted with SLURM jobid") == 2, "the training and its measurement are two jobs"

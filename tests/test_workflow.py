@@ -24,8 +24,8 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 needs_snakemake = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="snakemake is not installed; the extra 'sweep' brings it")
 
 
-def snakemake(*arguments):
-    return subprocess.run([*SNAKEMAKE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=800)
+def snakemake(*arguments, cwd=ROOT):
+    return subprocess.run([*SNAKEMAKE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=800)
 
 
 @given(st.sampled_from(list(SUBSETS)), st.integers(0, 3), st.integers(1, 2), st.sampled_from(["mini", "small"]))
@@ -122,10 +122,10 @@ def test_a_dry_run_on_a_cluster(profile, needs):
     assert re.search(r"^train\s+2$", done.stdout + done.stderr, re.MULTILINE)
 
 
-def stopped(arguments, folder, how):
+def stopped(arguments, folder, how, cwd):
     "Run the graph until one more step is finished, then stop it with a signal; the finished steps and their times."
     before = len(list(folder.glob("notebooks/*.ipynb")))
-    running = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job of a shell ignores Ctrl-C, and so would its children
+    running = subprocess.Popen([*SNAKEMAKE, *arguments], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job of a shell ignores Ctrl-C, and so would its children
     try:
         deadline = time.monotonic() + 400
         while len(list(folder.glob("notebooks/*.ipynb"))) == before and running.poll() is None and time.monotonic() < deadline:
@@ -140,16 +140,16 @@ def stopped(arguments, folder, how):
 
 
 @needs_snakemake
-def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
+def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path):
     "Stopped by Ctrl-C, then as by a power cut: what is finished stays, nothing is half written."
     folder = tmp_path / "sweep"
     arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
-    finished = stopped(arguments, folder, signal.SIGINT)
-    finished |= stopped(arguments, folder, signal.SIGKILL)
-    locked = snakemake(*arguments)
+    finished = stopped(arguments, folder, signal.SIGINT, graph)
+    finished |= stopped(arguments, folder, signal.SIGKILL, graph)
+    locked = snakemake(*arguments, cwd=graph)
     assert locked.returncode and "--unlock" in locked.stdout + locked.stderr
-    assert snakemake("--unlock", *arguments).returncode == 0
-    second = snakemake(*arguments)
+    assert snakemake("--unlock", *arguments, cwd=graph).returncode == 0
+    second = snakemake(*arguments, cwd=graph)
     assert second.returncode == 0, second.stderr[-3000:]
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items()), "a finished step was repeated"
     place = next(folder.glob("shapes9-mini-smoke-*"))
@@ -162,7 +162,7 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(tmp_path):
     assert "numbers mean nothing" in text and not re.findall(r'(?:src|href)="https?://', text), "a page reaches for a foreign host"
     for link, page in ((link, path) for path in (place / "site").glob("*.html") for link in re.findall(r'href="([^"#]+)', path.read_text(encoding="utf-8"))):
         assert (page.parent / link).exists(), f"{page.name}: {link}"
-    third = snakemake(*arguments)
+    third = snakemake(*arguments, cwd=graph)
     assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr
-    other = snakemake("-n", *arguments, "precision=float32")
+    other = snakemake("-n", *arguments, "precision=float32", cwd=graph)
     assert re.search(r"^train\s+2$", other.stdout + other.stderr, re.MULTILINE), "another parameter runs again what depends on it"
