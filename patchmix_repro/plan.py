@@ -159,7 +159,7 @@ def choice_steps(
     return steps
 
 # %% ../nbs/16_plan.ipynb #8807f360
-PICTURED = ("report", "every_number", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples", "varied")  # pages that a sweep draws
+PICTURED = ("report", "every_number", "records", *PAGES, "heatmaps", "selectivity_robustness", "teaser", "examples", "varied")  # pages that a sweep draws
 
 # %% ../nbs/16_plan.ipynb #5cac4888
 def place_of(
