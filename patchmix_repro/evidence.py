@@ -189,8 +189,8 @@ def records_html(
     link = lambda found: f'{found[1]}<a href="#{found[2]}">{found[2]}</a>' if found[2] in known else found[0]
     escaped = rows.map(html.escape)
     cells = lambda row: "".join(f"<td>{value}</td>" for value in row)
-    lines = (f'<tr id="{run_id}"><td><code>{run_id}</code></td>{cells(row)}</tr>' for run_id, row in zip(escaped.index, escaped.to_numpy()))
-    head = "".join(f"<th>{name}</th>" for name in ("run", *rows.columns))
+    lines = (f'<tr id="{run_id}"><th colspan="{len(rows.columns)}">{run_id}</th></tr><tr>{cells(row)}</tr>' for run_id, row in zip(escaped.index, escaped.to_numpy()))
+    head = "".join(f"<th>{name}</th>" for name in rows.columns)
     return re.sub(r"(\brun_id )([\w.\-]+)", link, f"<table><tr>{head}</tr>{''.join(lines)}</table>")
 
 # %% ../nbs/15k_evidence.ipynb #b47628ca

@@ -28,7 +28,7 @@ from .ranks import correlations, load_selectivity, robustness
 from patchmix_repro.remixer_claims import (
     appendix_claims, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, remixer_verdicts, shifted_claims, text_claims, token_claims,
 )
-from .remarks import left_open, needed, remarks
+from .remarks import as_measured, left_open, needed, remarks
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
 from .remixer_tables import as_published, commands, training_of
 
@@ -158,8 +158,9 @@ def _undecided(claim, row, sizes):
     said, had = left_open(claim, row, *sizes), max(map(int, row["seeds"].split(" + ")))
     aim = np.nan if "excludes the published difference" in said else next(iter(sizes), np.nan)
     seeds, size = needed(claim, row["spread"], aim, row["questions"]), claim.margin if claim.expect in ("same", "no less") or aim != aim else abs(aim)
-    said += ["more than 1000 seeds a recipe would decide"] * (seeds is None and row["spread"] > 0) + [f"so many seeds would see {size:.3g} in four cases of five"] * bool(seeds and seeds <= had)
-    return said, seeds if seeds and seeds > had else None
+    if seeds and seeds <= had:
+        said, seeds = [*said, f"{had} seeds would see {size:.3g} in four cases of five, the measured size asks for more"], as_measured(claim, row)
+    return said + ["more than 1000 seeds a recipe would decide"] * (seeds is None and row["spread"] > 0), seeds
 
 # %% ../nbs/15h_report_card.ipynb #4fefa91c
 def _row(name, page, claim, row, rows, data, scale):

@@ -113,3 +113,40 @@ def test_a_page_with_a_fault_is_seen(browser, tmp_path):
     seen, _ = look(browser, tmp_path / "bad.html", 390)
     assert seen["broken"] == 1 and seen["levels"] == [2] and seen["over"] > 1 and seen["unnamed"] == 1
     assert [Path(link).name for link in broken(seen["links"])] == ["gone.html", "bad.html#gone"]
+
+
+FAINT = """() => {
+    const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+    const luminance = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => { for (; e; e = e.parentElement) { const c = parts(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+    const found = [];
+    const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    for (let node; node = walk.nextNode();) {
+        const e = node.parentElement;
+        if (!node.textContent.trim() || e.closest('svg, script, style') || !e.getClientRects().length) continue;
+        const [one, two] = [parts(getComputedStyle(e).color), behind(e)].map(luminance).sort((a, b) => b - a);
+        if ((one + 0.05) / (two + 0.05) < 4.5) found.push(node.textContent.trim().slice(0, 40));
+    }
+    return found;
+}"""  # text below the contrast that WCAG 2 asks of it
+
+
+def faint(browser, path, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(path.as_uri(), wait_until="load")
+    found, ground = page.evaluate(FAINT), page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.close()
+    return found, ground
+
+
+@pytest.mark.parametrize("name", ["README", "report", "every_number", "records", "mixing", "how_to_run"])
+def test_text_stands_out_in_the_light_and_in_the_dark(browser, site, name):
+    path = next(site.glob(f"*{name}.html"))
+    (light, white), (dark, black) = faint(browser, path, "light"), faint(browser, path, "dark")
+    assert white != black, "the page has one ground for both"
+    assert not light and not dark, f"hard to read: in the light {light[:5]}, in the dark {dark[:5]}"
+
+
+def test_faint_text_is_seen(browser, tmp_path):
+    (tmp_path / "faint.html").write_text('<body style="background: #fff"><p style="color: #bbb">pale</p><p style="color: #222">dark</p></body>', encoding="utf-8")
+    assert faint(browser, tmp_path / "faint.html", "light") == (["pale"], "rgb(255, 255, 255)")
