@@ -48,7 +48,7 @@ def card(folder):
 def test_every_claim_once_and_every_page_in_its_order(card):
     expected = [(page, claim.text) for page, asked in rc.PAGES.items() for claim in asked.claims() if not claim.ours]
     pages = [*rc.PAGES, "selectivity_robustness"]
-    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 165
+    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 178
     mine = card[card.page.ne("selectivity_robustness") & ~card.claim.isin(rc.not_at_hand(project_root() / "results").claim)]
     assert [*zip(mine.page, mine.claim)] == expected
 
@@ -217,4 +217,4 @@ def test_a_claim_names_the_records_behind_it(folder, card):
     assert set(store.read(folder, "selectivity").set_index("run_id").loc[selective.runs.split(", "), "config.set"]) == {"patch"}
     assert not card[card.verdict.isin(["seen", "contradicted"]) & card.page.ne("selectivity_robustness")].runs.eq("").any()
     lines = evidence_lines(card).splitlines()
-    assert len(lines) == card.verdict.isin(["seen", "contradicted"]).sum() and any(f"`{runs[0]}`" in line for line in lines)
+    assert len(lines) == card.verdict.isin(["seen", "contradicted"]).sum() and any(f"(records.ipynb#{runs[0]})" in line for line in lines)
