@@ -23,7 +23,7 @@ HEADLINES = {  # sentence of a paper -> (page, claim) of the card
         ("remixer_backgrounds", f"{network} remixer mask: {variant} higher than {network} plain") for network in ("DeiT", "MLP-Mixer", "ConvMixer") for variant in ("Original", "Mixed-Rand")],
     "The same with class maps (here: a classifier of the same data; published: ReLabel)": [
         ("remixer_backgrounds", f"{network} remixer dense: {variant} higher than {network} plain") for network in ("DeiT", "MLP-Mixer", "ConvMixer") for variant in ("Original", "Mixed-Rand")],
-    "It is the objects in the labels that help": [("remixer_controls", f"{network} remixer mask: Mixed-Rand higher than {network} remixer shuffled") for network in ("DeiT", "MLP-Mixer", "ConvMixer")],
+    "Not in the paper, a control of ours: labels of other images help less": [("remixer_controls", f"{network} remixer mask: Mixed-Rand higher than {network} remixer shuffled") for network in ("DeiT", "MLP-Mixer", "ConvMixer")],
 }
 
 # %% ../nbs/15m_home.ipynb #d1c9c5dd
