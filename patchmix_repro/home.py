@@ -38,7 +38,7 @@ def headlines(
         for row, key in ((words.iloc[known[key]], key) for key in rows if key in known):
             if row["measured"] == "–":
                 continue
-            said = "".join(f"; {more}" for more in row["more"].split("; ") if more.startswith(("excludes", "5 %")))
+            said = "".join(f"; {more}" for more in row["more"].split("; ") if more.startswith(("excludes", "5 %", "the published numbers")))
             lines.append(f"| {sentence} | [{key[1]}]({base}{key[0]}.ipynb) | {row['published']} | {row['measured']} | *{row['verdict']}*{said} |")
             sentence = ""
     return "\n".join(["| the papers say | tested as | published | measured | verdict |", "|---|---|---|---|---|", *lines]) + "\n" if lines else ""

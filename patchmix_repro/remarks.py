@@ -78,6 +78,11 @@ def _apart(rows, claim):
         return np.nan
     return verdicts(rows, [replace(claim, first=(claim.first[0], "timm"), second=(claim.second[0], "timm"))])["difference"].item()
 
+# %% ../nbs/14g_remarks.ipynb #d5f9b04d
+def _fails(claim, value):
+    "Whether a difference is against the sentence."
+    return {"more": value <= 0, "less": value >= 0, "same": abs(value) > claim.margin, "no less": value < -claim.margin}[claim.expect]
+
 # %% ../nbs/14g_remarks.ipynb #cbd4dc79
 def remarks(
     page: str,  # below nbs/results, whose claim it is
@@ -87,12 +92,14 @@ def remarks(
 ) -> list[str]:
     "What a reader has to know of a verdict beside its numbers."
     word, bound, gap = row["verdict"], claim.expect in ("same", "no less"), _gap(rows, claim) if page == "selectivity_table" else _apart(rows, claim)
+    failed = [_fails(claim, row[key]) for key in ("published", "published T", "published S") if row.get(key) == row.get(key) and key in row]
     bridged = claim.expect == "no less" or page != "selectivity_table"  # Patch Mixing is to bring one network to another
     said = {
         "younger than the records": claim.later,
         "a difference all the same, within the margin": word == "seen" and bound and (row["low"] > 0 or row["high"] < 0),
         "both keep next to nothing there: it says little": word == "seen" and bound and claim.value == "kept" and max(row["first"], row["second"]) < claim.margin,
         f"the margin is wider than the gap between the originals, {gap:.3f}: " + ("an untouched ConvNeXt would pass" if bridged else "it says little"): word == "seen" and bound and abs(gap) < claim.margin,
+        "the published numbers themselves " + ("fail this sentence" if all(failed) else "fulfil it in part"): word in ("seen", "contradicted", "not decided") and any(failed),
         f"the originals differ by {gap:+.3f} as they are": page != "selectivity_table" and word in ("seen", "contradicted") and gap == gap and not (bound and word == "seen" and abs(gap) < claim.margin),
     }
     return [words for words, true in said.items() if true]
