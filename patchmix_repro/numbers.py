@@ -14,7 +14,7 @@ import pandas as pd
 from .claims import load_battery
 from .ledger import read
 from .ranks import load_selectivity
-from .remixer_claims import kappa_quarters
+from .remixer_claims import PAPER_SETS, kappa_quarters
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
 from .stats import compare_seeds, mean_interval
 
@@ -69,26 +69,36 @@ def _answer(values, row):
         return (*mean_interval(mine)[:3], len(mine), runs)
     return (mine[0] if len(mine) else np.nan, np.nan, np.nan, len(mine), runs)
 
+# %% ../nbs/15j_numbers.ipynb #24bbfc22
+def _lacks(row, data, scale):
+    "Why no number stands beside a published one."
+    if not row.model:
+        return "on its own page"
+    if row.data in APART or row.condition in PAPER_SETS and data != "imagenet9":
+        return "data not at hand"
+    return "no sibling" if row.model.endswith("_s") and scale == "mini" else "not run"
+
 # %% ../nbs/15j_numbers.ipynb #d2eb7c94
 def beside(
     folder: str | Path,  # a store, such as results/
     data: str = "shapes9",  # data set of the records
     scale: str = "mini",  # their scale
-) -> pd.DataFrame:  # columns of `ledger.read`, then measured, low, high (in the unit of value; NaN: not run), seeds, runs
+) -> pd.DataFrame:  # columns of `ledger.read`, then measured, low, high (in the unit of value; NaN: see lacks), seeds, runs, lacks: why there is none
     "Every published number and the mean over seeds that answers it, with Student's t interval; for a gain Welch's."
     numbers, values = read(), pd.concat([occlusion_values(folder, data, scale), remixer_values(folder, data, scale)], ignore_index=True)
     found = pd.DataFrame([_answer(values, row) for row in numbers.itertuples()], columns=["measured", "low", "high", "seeds", "runs"])
     percent = numbers["metric"].isin(["accuracy", "gain"])  # published in percent and points
     found.loc[percent, ["measured", "low", "high"]] *= 100
-    return numbers.join(found)
+    lacks = [_lacks(row, data, scale) if value != value else "" for row, value in zip(numbers.itertuples(), found["measured"])]
+    return numbers.join(found.assign(lacks=lacks))
 
 # %% ../nbs/15j_numbers.ipynb #e12e16f0
 def number_table(
     numbers: pd.DataFrame,  # rows of `beside`
 ) -> pd.DataFrame:  # index row, column; published, known, measured, seeds
-    "Published and measured side by side, in words; a dash where nothing is known, \"not run\" where nothing was measured."
+    "Published and measured side by side, in words; a dash where nothing is known, the reason where nothing was measured."
     said = lambda value, error: "–" if value != value else f"{value:g}" + (f" ± {error:g}" if error == error else "")
-    limits = lambda row: "not run" if row.measured != row.measured else f"{row.measured:.2f}" + (f" [{row.low:.2f}, {row.high:.2f}]" if row.low == row.low else "")
+    limits = lambda row: row.lacks if row.measured != row.measured else f"{row.measured:.2f}" + (f" [{row.low:.2f}, {row.high:.2f}]" if row.low == row.low else "")
     return pd.DataFrame({
         "row": numbers["row"], "column": numbers["column"], "published": [said(value, error) for value, error in zip(numbers["value"], numbers["error"])],
         "known": numbers["known"], "measured": [limits(row) for row in numbers.itertuples()], "seeds": numbers["seeds"].replace(0, "–"),

@@ -56,7 +56,12 @@ def test_what_was_not_measured_is_no_number(tmp_path):
     (tmp_path / "store").mkdir()
     empty = beside(tmp_path / "store", "shapes9", "mini")
     assert empty[["measured", "low", "high"]].isna().all().all() and empty["seeds"].eq(0).all()
-    assert set(number_table(empty)["measured"]) == {"not run"}
+    words = number_table(empty)["measured"]
+    assert words.str.fullmatch("not run|no sibling|data not at hand|on its own page").all() and words.eq("not run").sum() > 200
+    assert set(number_table(empty[empty["model"].eq("swin_s") & empty["data"].eq("imagenet")])["measured"]) == {"no sibling"}
+    small = beside(tmp_path / "store", "shapes9", "small")
+    assert not small["lacks"].eq("no sibling").any() and small.loc[small["condition"].eq("sketch_9"), "lacks"].eq("data not at hand").all()
+    assert beside(tmp_path / "store", "imagenet9", "small").query("condition == 'sketch_9'")["lacks"].eq("not run").all()
 
 
 def test_networks_without_a_sibling_stay_open(numbers):
