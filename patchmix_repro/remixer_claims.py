@@ -10,6 +10,7 @@ __all__ = ['PAPER_ROWS', 'PAPER_LABELLERS', 'PAPER_SETS', 'WAY', 'WORDS', 'NEAR_
 
 # %% ../nbs/14e_remixer_claims.ipynb #fc032214
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -120,9 +121,9 @@ def kappa_claims(
     "Table 3: kappa falls with depth to zero; in ConvMixer, which sees little at first, it rises before."
     recipe, claims = f"remixer {label}", []
     for model, places in _FALLS.items():
-        claims += [Claim(f"{NAMES[model]}: kappa of {place.replace(' - ', ' above that of ')}", (model, recipe), (model, "nothing"), place, value="kappa") for place in places]
-        claims.append(Claim(f"{NAMES[model]}: kappa of quarter 4 within {NEAR_ZERO} of zero", (model, recipe), (model, "nothing"), "quarter 4", expect="same", value="kappa", margin=NEAR_ZERO))
-    claims.append(Claim(f"DeiT: kappa of quarter 4 without the last layer within {NEAR_ZERO} of zero", ("deit", recipe), ("deit", "nothing"), "quarter 4, last layer left out", expect="same", value="kappa", margin=NEAR_ZERO))
+        claims += [Claim(f"{NAMES[model]} {recipe}: kappa of {place.replace(' - ', ' above that of ')}", (model, recipe), (model, "nothing"), place, value="kappa") for place in places]
+        claims.append(Claim(f"{NAMES[model]} {recipe}: kappa of quarter 4 within {NEAR_ZERO} of zero", (model, recipe), (model, "nothing"), "quarter 4", expect="same", value="kappa", margin=NEAR_ZERO))
+    claims.append(Claim(f"DeiT {recipe}: kappa of quarter 4 without the last layer within {NEAR_ZERO} of zero", ("deit", recipe), ("deit", "nothing"), "quarter 4, last layer left out", expect="same", value="kappa", margin=NEAR_ZERO, ours=True))
     return claims
 
 # %% ../nbs/14e_remixer_claims.ipynb #96f961e5
@@ -210,7 +211,7 @@ def control_claims(
             claims += [Claim(f"{NAMES[model]} remixer {control}: {VARIANTS[variant]} within {margin} of plain", (model, f"remixer {control}"), (model, "plain"), variant, expect="same", value="accuracy", margin=margin)
                        for variant, margin in CONTROL_MARGINS.items()]
         claims += compare((model, f"remixer {label}"), (model, "remixer shuffled"), dict.fromkeys(CONTROL_MARGINS, "more"))
-    return claims
+    return [replace(claim, ours=True) for claim in claims]
 
 # %% ../nbs/14e_remixer_claims.ipynb #10faef0c
 def map_claims(

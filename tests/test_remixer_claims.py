@@ -161,7 +161,7 @@ def test_every_claim_is_a_sentence_of_its_own():
 @pytest.mark.parametrize("page, text, expected", [
     ("backgrounds", "MLP-Mixer remixer dense: Only-BG-B lower than MLP-Mixer plain", -0.1368), ("backgrounds", "ConvMixer remixer mask: BG-Gap lower than ConvMixer plain", -0.0051),
     ("backgrounds", "ConViT remixer dense: Only-FG higher than DeiT remixer dense", 0.0489), ("backgrounds", "DeiT remixer dense: BG-Gap lower than ConViT plain", -0.0033),
-    ("kappa", "ConvMixer: kappa of quarter 2 above that of quarter 1", 1.476), ("kappa", "MLP-Mixer: kappa of quarter 3 above that of quarter 4", -0.060), ("kappa", "DeiT: kappa of quarter 4 within 0.05 of zero", 0.287),
+    ("kappa", "ConvMixer remixer mask: kappa of quarter 2 above that of quarter 1", 1.476), ("kappa", "MLP-Mixer remixer mask: kappa of quarter 3 above that of quarter 4", -0.060), ("kappa", "DeiT remixer mask: kappa of quarter 4 within 0.05 of zero", 0.287),
     ("shifted", "MLP-Mixer remixer mask: imagenetv2_9 higher than MLP-Mixer plain", -0.0006), ("tokens", "DeiT-B remixer dense tokens: test higher than DeiT-B plain tokens", 0.0101),
     ("kernels", "ConvMixer remixer dense: Only-FG no less than ConvMixer-Full, margin 0.01", 0.0088),
     ("text", "DeiT remixer dense: Original higher than DeiT remixer saliency", 0.0244), ("text", "DeiT remixer grabcut: Original higher than DeiT plain", np.nan),
@@ -291,7 +291,7 @@ def test_less_is_the_mirror_of_more():
 def test_a_kappa_that_never_moves_has_no_spread():
     rows = pd.DataFrame({"model": "deit", "recipe": "remixer mask", "seed": range(3), "variant": "quarter 4", "kappa": 0.0})
     table = rc.remixer_verdicts(rows, rc.kappa_claims())
-    assert table.loc[table["claim"].str.startswith("DeiT: kappa of quarter 4 within"), "verdict"].tolist() == ["no spread"]
+    assert table.loc[table["claim"].str.startswith("DeiT remixer mask: kappa of quarter 4 within"), "verdict"].tolist() == ["no spread"]
 
 
 def test_a_table_for_a_page(rows):
