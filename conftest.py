@@ -1,7 +1,8 @@
-"""What every test shares: nbval made to agree with nbdev, repeatable hypothesis runs, and where the photographs lie."""
+"""What every test shares: nbval made to agree with nbdev, a folder for what the pages draw, repeatable hypothesis runs, and where the photographs lie."""
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,21 +18,41 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 # begun first, so that no process waits at the end for one long file; the others follow in their order
-LONG_FILES = ("test_workflow.py", "test_slurm.py", "test_training.py", "test_site.py", "test_browser.py", "test_explore.py", "test_figures.py")
+LONG_FILES = ("test_workflow.py", "test_slurm.py", "test_training.py", "test_site.py", "test_browser.py", "test_explore.py")
+LAST_FILE = "test_figures.py"  # compares what the pages drew
 
 SKIPPED_CELL = re.compile(r"^#\|\s*(eval:\s*false|notest|slow|gpu)\b", re.MULTILINE)
 
 
+def pytest_configure(config):
+    "One folder for the figures of all processes."
+    if not hasattr(config, "workerinput"):
+        os.environ["PATCHMIX_DRAWN"] = tempfile.mkdtemp(prefix="drawn-")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["PATCHMIX_DRAWN"], ignore_errors=True)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    "A page that nbval has run to its end leaves a mark beside its figures."
+    if hasattr(item, "cell") and (nextitem is None or nextitem.path != item.path):
+        Path(os.environ["PATCHMIX_DRAWN"], f"{item.path.stem}.done").touch()
+
+
 def pytest_collection_modifyitems(items):
-    "Begin with the long files, let nbval compare notebooks that nbdev_clean has stripped of execution counts, and honour nbdev's flags."
-    place = {name: number for number, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    "Begin with the long files, let nbval compare notebooks that nbdev_clean has stripped of execution counts and have them draw, and honour nbdev's flags."
+    place = {name: number for number, name in enumerate(LONG_FILES)} | {LAST_FILE: len(LONG_FILES) + 1}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG_FILES)))
     for item in items:
         cell = getattr(item, "cell", None)
         if cell is None:
             continue
         if cell.get("outputs") and cell.get("execution_count") is None:
             cell.execution_count = 1
+        if "parameters" in cell.metadata.get("tags", []) and re.search(r"^figures\b", cell.source, re.MULTILINE):
+            cell.source += f"\nfigures = {os.environ['PATCHMIX_DRAWN']!r}"
         if SKIPPED_CELL.search(cell.source):
             item.add_marker(pytest.mark.skip(reason="the cell's nbdev flag leaves it out"))
 

@@ -1,7 +1,9 @@
 """A reader's clone re-draws every committed figure to the same bytes, with the pinned versions."""
+import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,13 +38,19 @@ def draws(path):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    "What all pages draw, one after the other in one process."
+def drawn(request):
+    "What all pages draw: those that nbval runs in this session draw there, the others one after the other in one process."
     if found := other_versions():
         pytest.skip(f"not the versions of constraints.txt: {found}")
-    folder, pages = tmp_path_factory.mktemp("figures"), [path for path in sorted((ROOT / "nbs" / "results").glob("*.ipynb")) if draws(path)]
-    done = subprocess.run([sys.executable, "-c", DRAW, folder, *pages], cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode, done.stderr[-3000:]
+    folder, pages = Path(os.environ["PATCHMIX_DRAWN"]), [path for path in sorted((ROOT / "nbs" / "results").glob("*.ipynb")) if draws(path)]
+    run = {item.path for item in request.session.items if hasattr(item, "cell")}
+    if alone := [path for path in pages if path not in run]:
+        done = subprocess.run([sys.executable, "-c", DRAW, folder, *alone], cwd=ROOT, capture_output=True, text=True)
+        assert not done.returncode, done.stderr[-3000:]
+    deadline = time.monotonic() + 600
+    while waits := [path.stem for path in pages if path in run and not (folder / f"{path.stem}.done").exists()]:
+        assert time.monotonic() < deadline, f"nbval did not come to the end of {', '.join(waits)}"
+        time.sleep(0.5)
     return folder
 
 
