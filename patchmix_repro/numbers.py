@@ -69,7 +69,7 @@ def _answer(values, row):
         return (*mean_interval(mine)[:3], len(mine), runs)
     return (mine[0] if len(mine) else np.nan, np.nan, np.nan, len(mine), runs)
 
-# %% ../nbs/15j_numbers.ipynb #24bbfc22
+# %% ../nbs/15j_numbers.ipynb #1af67983
 def _lacks(row, data, scale):
     "Why no number stands beside a published one."
     if not row.model:
@@ -98,7 +98,8 @@ def number_table(
 ) -> pd.DataFrame:  # index row, column; published, known, measured, seeds
     "Published and measured side by side, in words; a dash where nothing is known, the reason where nothing was measured."
     said = lambda value, error: "–" if value != value else f"{value:g}" + (f" ± {error:g}" if error == error else "")
-    limits = lambda row: row.lacks if row.measured != row.measured else f"{row.measured:.2f}" + (f" [{row.low:.2f}, {row.high:.2f}]" if row.low == row.low else "")
+    places = lambda row: 2 if row.metric in ("accuracy", "gain") else 3  # points; shares and kappa
+    limits = lambda row: row.lacks if row.measured != row.measured else f"{row.measured:.{places(row)}f}" + (f" [{row.low:.{places(row)}f}, {row.high:.{places(row)}f}]" if row.low == row.low else "")
     return pd.DataFrame({
         "row": numbers["row"], "column": numbers["column"], "published": [said(value, error) for value, error in zip(numbers["value"], numbers["error"])],
         "known": numbers["known"], "measured": [limits(row) for row in numbers.itertuples()], "seeds": numbers["seeds"].replace(0, "–"),

@@ -95,24 +95,27 @@ def remarks(
     masked = "only_bg" in claim.curve and any(recipe == "remixer mask" for _, recipe in (claim.first, claim.second))
     failed = [_fails(claim, row[key]) for key in ("published", "published T", "published S") if row.get(key) == row.get(key) and key in row]
     bridged = claim.expect == "no less" or page != "selectivity_table"  # Patch Mixing is to bring one network to another
+    ahead = page != "selectivity_table" and gap > (claim.margin if bound else 0)
     said = {
-        "younger than the records": claim.later,
+        "formulated after the numbers were seen": claim.later,
         "true masks are empty on Only-BG: ReMixer is off there": masked,
         "a difference all the same, within the margin": word == "seen" and bound and (row["low"] > 0 or row["high"] < 0),
         "both keep next to nothing there: it says little": word == "seen" and bound and claim.value == "kept" and max(row["first"], row["second"]) < claim.margin,
         f"the margin is wider than the gap between the originals, {gap:.3f}: " + ("an untouched ConvNeXt would pass" if bridged else "it says little"): word == "seen" and bound and abs(gap) < claim.margin,
-        "the published numbers themselves " + ("fail this sentence" if all(failed) else "fulfil it in part"): word in ("seen", "contradicted", "not decided") and any(failed),
-        f"the originals differ by {gap:+.3f} as they are": page != "selectivity_table" and word in ("seen", "contradicted") and gap == gap and not (bound and word == "seen" and abs(gap) < claim.margin),
+        f"ConvNeXt is ahead by {gap:.3f} without Patch Mixing: " + ("there is no gap to close" if bound else "an untouched one would pass"): ahead and word == ("contradicted" if bound else "seen"),
+        "kappa starts at zero: an untrained one would pass": page == "remixer_kappa" and word == "seen" and bound,
+        "the published numbers themselves " + ("fail this reading" if all(failed) else "fulfil it in part"): word in ("seen", "contradicted", "not decided") and any(failed),
+        f"the originals differ by {gap:+.3f} as they are": page != "selectivity_table" and word in ("seen", "contradicted") and gap == gap and not ahead and not (bound and word == "seen" and abs(gap) < claim.margin),
     }
     return [words for words, true in said.items() if true]
 
-# %% ../nbs/14g_remarks.ipynb #11a0fa91
+# %% ../nbs/14g_remarks.ipynb #8d3bf839
 def told_twice(
     rows: pd.DataFrame,  # of a page of the card: claim, difference, low, high, reason
 ) -> pd.DataFrame:  # the same, with a reason more in the later rows of one number
-    "Mark the rows that show the number of a row above, to three digits; zeros are none."
-    numbers, first = rows[["difference", "low", "high"]].astype(float).round(3) + 0.0, {}
-    for place, key, claim in zip(rows.index, numbers.itertuples(index=False, name=None), rows["claim"], strict=True):
-        if abs(key[0]) > 0 and first.setdefault(key, claim) != claim:
-            rows.loc[place, "reason"] = "; ".join(filter(None, [rows.loc[place, "reason"], f"the same number as \"{first[key]}\""]))
+    "Mark the rows that show the number of a row above, to three digits."
+    numbers = rows[["difference", "low", "high"]].to_numpy(float)
+    for k, place in enumerate(rows.index):
+        if same := [j for j in range(k) if np.allclose(numbers[j], numbers[k], rtol=1e-3, atol=0)]:
+            rows.loc[place, "reason"] = "; ".join(filter(None, [rows.loc[place, "reason"], f"the same number as \"{rows['claim'].iloc[same[0]]}\""]))
     return rows

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import store
+from .claims import remembered
 from .core import InputError
 
 # %% ../nbs/14d_remixer_records.ipynb #a3db8089
@@ -88,6 +89,7 @@ def _described(rows, kind, trained):
 _RUN = ["run_id", "model", "scale", "train_data", "data", "mixing", "seed", "remixer", "labels", "trained", "token_labels", "kind", "variant", "accuracy", "n"]
 
 # %% ../nbs/14d_remixer_records.ipynb #f7b49b3a
+@remembered
 def remixer_runs(
     folder: str | Path,  # a store
 ) -> pd.DataFrame:  # run_id (the training's), model, scale, train_data, data, mixing, seed, remixer, labels, trained, token_labels, kind, variant, accuracy (0 ... 1), n; may have no rows
@@ -160,7 +162,7 @@ def runs_line(
     "How many trainings of which recipe were tested on how many images, or that none was."
     if rows.empty:
         return f"{data}, scale {scale}: not measured yet."
-    seeds = rows.groupby(["model", "recipe"], sort=False)["seed"].nunique()
+    seeds, rows = rows.groupby(["model", "recipe"], sort=False)["seed"].nunique(), rows[rows["kind"].ne("relevance") | rows["kind"].eq("relevance").all()]
     parts = ", ".join(f"{NAMES[model]} {recipe} x {count}" for (model, recipe), count in seeds.items())
     return f"{data}, scale {scale}: {parts}; {rows['n'].min():.0f} to {rows['n'].max():.0f} images a set."
 

@@ -125,13 +125,19 @@ def run_commands(
 # %% ../nbs/15h_report_card.ipynb #eaf7f2c7
 COLUMNS = ["paper", "page", "claim", "published", "published S", "difference", "low", "high", "seeds", "images", "p_holm", "verdict", "reason", "needed", "aim", "command", "runs"]
 
+# %% ../nbs/15h_report_card.ipynb #9c22027a
+def _of(rows, recipe, claim):
+    "Which rows are of the two networks of a claim."
+    first, second = (rows["model"].eq(model) & rows[recipe].eq(name) for model, name in (claim.first, claim.second))
+    return first | second
+
 # %% ../nbs/15h_report_card.ipynb #bcffad8f
 def _images(rows, claim):
     "The least number of images behind a claim; NaN where images are not what is counted."
     if rows.empty or "n" not in rows:
         return np.nan
     recipe, place = ("recipe", "variant") if "recipe" in rows else ("mixing", "curve")
-    mine = rows[place].eq("clean" if claim.x == 0 else claim.curve) & pd.MultiIndex.from_frame(rows[["model", recipe]]).isin([claim.first, claim.second])
+    mine = rows[place].eq("clean" if claim.x == 0 else claim.curve) & _of(rows, recipe, claim)
     return rows.loc[mine, "n"].min()
 
 # %% ../nbs/15h_report_card.ipynb #61d2c70e
@@ -141,8 +147,7 @@ def _runs(rows, claim):
         return ""
     if "curve" in rows and claim.curve in set(rows["curve"]):  # maps of patches and of cut-outs are records of their own
         rows = rows[rows["curve"].eq(claim.curve)]
-    mine = pd.MultiIndex.from_frame(rows[["model", "recipe" if "recipe" in rows else "mixing"]]).isin([claim.first, claim.second])
-    return ", ".join(dict.fromkeys(rows.loc[mine, "run_id"]))
+    return ", ".join(dict.fromkeys(rows.loc[_of(rows, "recipe" if "recipe" in rows else "mixing", claim), "run_id"]))
 
 # %% ../nbs/15h_report_card.ipynb #c3c1fa86
 def _elsewhere(page, runs, recipe, data):
@@ -176,7 +181,7 @@ def _row(name, page, claim, row, rows, data, scale):
         said += more
     elif verdict in ("seen", "contradicted"):
         said += [words for words in left_open(claim, row, *sizes) if words.startswith("excludes")]
-    if verdict == "seen" and any(words.endswith(("says little", "would pass")) for words in said):
+    if verdict in ("seen", "contradicted") and any(words.endswith(("says little", "would pass", "no gap to close")) for words in said):
         found["verdict"] = "not testable here"
     found |= {"reason": "; ".join(said), "command": ""}
     if verdict == "not run" and lacks:

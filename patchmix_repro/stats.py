@@ -7,6 +7,7 @@ __all__ = ['Interval', 'Comparison', 'Equivalence', 'wilson', 'mean_interval', '
            'compare_seeds', 'equivalence', 'seeds_needed', 'holm']
 
 # %% ../nbs/02_stats.ipynb #9f5b8382
+import gc
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -224,4 +225,8 @@ def holm(
     p_values = _values("p_values", p_values, 1)
     if ((p_values < 0) | (p_values > 1)).any():
         raise InputError(f"p-values reach from {p_values.min()} to {p_values.max()}. Give numbers from 0 to 1.")
-    return multipletests(p_values, method="holm")[1]
+    gc.freeze()  # statsmodels collects garbage at every call, which takes longer than all else: it finds none
+    try:
+        return multipletests(p_values, method="holm")[1]
+    finally:
+        gc.unfreeze()

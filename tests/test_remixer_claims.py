@@ -1,5 +1,4 @@
 "ReMixer's claims: records become frames, sentences the paper's, verdicts rarely wrong and not blind."
-import gc
 
 import numpy as np
 import pandas as pd
@@ -14,12 +13,6 @@ from patchmix_repro import remixer_claims as rc
 from patchmix_repro import store
 from patchmix_repro.core import InputError
 from patchmix_repro.remixer_records import DIFFERENCES, kappa_runs, recipe_of, remixer_runs, runs_line, select, trainings, with_differences
-
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch):
-    "statsmodels collects garbage at every correction, which is most of the time of a page."
-    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
-
 
 LABELS = ("mask", "dense", "shuffled", "constant")
 
