@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'RULE', 'curve_of', 'networks_of', 'rows_of', 'remembered', 
 
 # %% ../nbs/14a_claims.ipynb #1f916c8c
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -82,14 +83,19 @@ def remembered(
     "Read a store once as long as its parts are the same; every caller gets a copy."
     @lru_cache(maxsize=8)
     def again(folder, parts, given):
-        return load(folder, *given)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            return load(folder, *given), said
 
     @wraps(load)
     def read(folder, *given, **named):
         folder, bound = Path(folder).absolute(), signature(load).bind(folder, *given, **named)
         bound.apply_defaults()
         found = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*.parquet")]
-        return again(folder, tuple(sorted(found)), tuple(tuple(value) if isinstance(value, list) else value for value in bound.args[1:])).copy()
+        rows, said = again(folder, tuple(sorted(found)), tuple(tuple(value) if isinstance(value, list) else value for value in bound.args[1:]))
+        for one in said:
+            warnings.warn(one.message, one.category, stacklevel=2)
+        return rows.copy()
     return read
 
 # %% ../nbs/14a_claims.ipynb #cf7bc604
@@ -183,10 +189,10 @@ class Claim:
     value: str = "kept"  # column that is compared
     margin: float = 0.05  # for "same" and "no less": the largest difference that does not matter, in the value's unit
     later: bool = False  # written when records were known: a Holm family of its own, so that older verdicts stay
-    ours: bool = False  # no sentence of the paper: judged on its page, not on the card
+    ours: bool = False  # no sentence of a paper: counted apart on the card
 
 # %% ../nbs/14a_claims.ipynb #f0228b83
-RULE = ("seen", "contradicted", "not decided", "not testable here", "not measured yet", "one seed", "no spread")
+RULE = ("seen", "contradicted", "not decided", "not testable here", "not measured yet", "one seed", "two seeds", "no spread")
 
 # %% ../nbs/14a_claims.ipynb #3d93eac5
 def _at(rows, claim, x):
@@ -197,7 +203,8 @@ def _at(rows, claim, x):
 def _per_seed(measured, recipe, claim):
     mine = measured[measured["model"].eq(recipe[0]) & measured["mixing"].eq(recipe[1])]
     found = _at(mine, claim, claim.x).groupby("train_seed")[claim.value].mean()
-    return found if claim.beyond is None else (found - _at(mine, claim, claim.beyond).groupby("train_seed")[claim.value].mean()).dropna()
+    found = found if claim.beyond is None else found - _at(mine, claim, claim.beyond).groupby("train_seed")[claim.value].mean()
+    return found.dropna()  # a network at chance keeps nothing that has a share
 
 # %% ../nbs/14a_claims.ipynb #12c27ec3
 def _blind(measured, claim):
@@ -225,17 +232,18 @@ def published_difference(
 # %% ../nbs/14a_claims.ipynb #01a1fc86
 def _test(measured, claim):
     first, second = (_per_seed(measured, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
-    state = "not measured yet" if not min(len(first), len(second)) else "one seed" if min(len(first), len(second)) < 2 else ""
+    fewer, more = sorted((len(first), len(second)))
+    state = "not measured yet" if not fewer else "one seed" if fewer < 2 else "two seeds" if fewer == 2 and more > 3 else ""
     state = state or ("not testable here" if _blind(measured, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
     row = {"claim": claim.text, "seeds": f"{len(first)} + {len(second)}", "state": state, "expect": claim.expect}
     row |= {f"published {size}": value for size, value in published_difference(claim).items()}
     if len(first) and len(second):
         row |= {"first": first.mean(), "second": second.mean(), "difference": first.mean() - second.mean()}
         row["spread"] = np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2) if min(len(first), len(second)) > 1 else np.nan
-    if state in ("", "not testable here"):
+    if state in ("", "not testable here", "two seeds"):
         shift = {"more": 0.0, "less": 0.0, "no less": claim.margin, "same": -np.copysign(claim.margin, row["difference"])}[claim.expect]
         found = compare_seeds(first + shift, second)
-        row |= {"low": found.low - shift, "high": found.high - shift, "p_value": found.p_value, "way": found.estimate}
+        row |= {"low": found.low - shift, "high": found.high - shift, "p_value": np.nan if state == "two seeds" else found.p_value, "way": found.estimate}
     if not state and claim.expect == "same":
         row["p_same"], beyond = equivalence(first, second, claim.margin).p_value, abs(row["difference"]) > claim.margin
         row["p_value"] = row["p_value"] if beyond else 1.0

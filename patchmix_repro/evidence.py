@@ -57,8 +57,8 @@ def deciding(
 ) -> pd.DataFrame:  # id, file or fg_file, label, first, second: right or wrong, or a reading; the largest difference first
     "The images on which two networks differ under a condition."
     rows = store.read_table(folder, "images", kind=_record(folder, first)["kind"])
-    keys = [name for name in ("id", "file", "fg_file", "label") if name in rows]
-    choose("condition", condition, [name for name in rows.columns if name not in ("run_id", *keys)])
+    keys, mine = [name for name in ("id", "file", "fg_file", "label") if name in rows], [rows[rows["run_id"].eq(run_id)] for run_id in (first, second)]
+    choose("condition", condition, [name for name in rows.columns if name not in ("run_id", *keys) and all(one.empty or one[name].notna().any() for one in mine)])
     one, two = (rows.loc[rows["run_id"].eq(choose("run_id", run_id, sorted(set(rows["run_id"])))), [*keys, condition]] for run_id in (first, second))
     both = one.merge(two, on=keys, suffixes=("_first", "_second"))
     if len(both) != len(one) or len(both) != len(two):
@@ -91,7 +91,9 @@ def shown_images(
     "What a network was shown, pixel by pixel; the data set has to be the record's, by hash."
     record, dataset = _shown(folder, run_id, "shown_images", root)
     seed = int(record["config.seed"])
-    named = {one.name: one for one in battery("paper", seed)}
+    measured = store.read_table(folder, "conditions", kind="battery")
+    measured = set(measured.loc[measured["run_id"].eq(run_id), "condition"])
+    named = {one.name: one for one in battery("paper", seed) if one.name in measured}
     chosen, limit = choose("condition", condition, named), record.get("config.limit")
     blocks, found = block_order(len(dataset), seed, None if limit is None else int(limit)), {}
     todo = [(block, (chosen,)) for block in blocks if set(block.tolist()) & set(ids)]

@@ -14,9 +14,10 @@ import pandas as pd
 from .claims import load_battery
 from .ledger import read
 from .ranks import load_selectivity
-from .remixer_claims import PAPER_SETS, kappa_quarters
+from .remixer_claims import PAPER_SETS, judged_quarters, kappa_quarters
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
-from .stats import compare_seeds, mean_interval
+from .remixer_tables import compared
+from .stats import mean_interval
 
 # %% ../nbs/15j_numbers.ipynb #537a39eb
 COLUMNS = ["run_id", "model", "training", "seed", "tested", "condition", "metric", "value", "n"]  # tested: a set of its own, or "" for the one asked for
@@ -50,7 +51,7 @@ def remixer_values(
     "Accuracies before other backgrounds and on shifted sets, their gaps, and kappa by quarter, one row a run and variant."
     runs = select(remixer_runs(folder), data, scale, ["mask", "dense"])
     rows = with_differences(runs[runs["kind"].ne("relevance")]) if len(runs) else runs
-    kappa = kappa_quarters(kappa_runs(folder), data, scale) if len(runs) else pd.DataFrame(columns=["model", "recipe", "seed", "variant", "kappa"])
+    kappa = judged_quarters(kappa_quarters(kappa_runs(folder), data, scale)) if len(runs) else pd.DataFrame(columns=["model", "recipe", "seed", "variant", "kappa"])
     parts = [rows.assign(metric="accuracy").rename(columns={"accuracy": "value"}), kappa.assign(metric="kappa").rename(columns={"kappa": "value"})]
     parts = [part.rename(columns={"recipe": "training", "variant": "condition"}).assign(tested="").reindex(columns=COLUMNS) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
@@ -63,20 +64,21 @@ def _answer(values, row):
     mine, runs = here["value"].to_numpy(float), ", ".join(here["run_id"].dropna())
     if row.metric == "gain":
         base = {"convmixer_full": "convmixer", "convit": "deit"}.get(row.model, row.model)
-        plain = values[values["model"].eq(base) & values["training"].eq("plain tokens" if "tokens" in row.training else "plain") & values["condition"].eq(row.condition) & values["metric"].eq("accuracy")]["value"].to_numpy(float)
-        return (*compare_seeds(mine, plain)[:3], min(len(mine), len(plain)), runs) if min(len(mine), len(plain)) > 1 else (np.nan, np.nan, np.nan, 0, "")
+        plain = values[values["model"].eq(base) & values["training"].eq("plain tokens" if "tokens" in row.training else "plain") & values["condition"].eq(row.condition) & values["metric"].eq("accuracy")]
+        seeds, runs = min(len(mine), len(plain)), ", ".join(filter(None, [runs, ", ".join(plain["run_id"].dropna())]))
+        return (*compared(mine, plain["value"].to_numpy(float)), seeds, runs) if seeds else (np.nan, np.nan, np.nan, 0, "")
     if len(mine) > 1:
         return (*mean_interval(mine)[:3], len(mine), runs)
     return (mine[0] if len(mine) else np.nan, np.nan, np.nan, len(mine), runs)
 
 # %% ../nbs/15j_numbers.ipynb #1af67983
-def _lacks(row, data, scale):
+def _lacks(row, data):
     "Why no number stands beside a published one."
     if not row.model:
         return "on its own page"
     if row.data in APART or row.condition in PAPER_SETS and data != "imagenet9":
         return "data not at hand"
-    return "no sibling" if row.model.endswith("_s") and scale == "mini" else "not run"
+    return "not run: the last layer gets no gradient" if row.metric == "kappa" and row.model == "deit" and row.condition == "quarter 4" else "not run"
 
 # %% ../nbs/15j_numbers.ipynb #d2eb7c94
 def beside(
@@ -89,7 +91,7 @@ def beside(
     found = pd.DataFrame([_answer(values, row) for row in numbers.itertuples()], columns=["measured", "low", "high", "seeds", "runs"])
     percent = numbers["metric"].isin(["accuracy", "gain"])  # published in percent and points
     found.loc[percent, ["measured", "low", "high"]] *= 100
-    lacks = [_lacks(row, data, scale) if value != value else "" for row, value in zip(numbers.itertuples(), found["measured"])]
+    lacks = [_lacks(row, data) if value != value else "" for row, value in zip(numbers.itertuples(), found["measured"])]
     return numbers.join(found.assign(lacks=lacks))
 
 # %% ../nbs/15j_numbers.ipynb #e12e16f0

@@ -74,7 +74,7 @@ def robustness(
     kept = battery[battery["curve"].isin(curves)].groupby(network)["kept"].mean().rename("robustness")
     clean = battery[battery["curve"].eq("clean")].groupby(network)["accuracy"].mean().rename("clean")
     mine = selectivity[selectivity["curve"].eq(images)].groupby(network)[choose("score", score, SCORES)].mean().rename("selectivity")
-    return pd.concat([mine, kept, clean], axis=1, join="inner").reset_index()
+    return pd.concat([mine, kept, clean], axis=1, join="inner").dropna().reset_index()  # a network at chance keeps nothing that has a share
 
 # %% ../nbs/14b_ranks.ipynb #59b883ea
 def _left(columns):

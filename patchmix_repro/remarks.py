@@ -47,7 +47,7 @@ def needed(
     "How many seeds would decide a claim."
     if not spread > 0:
         return None
-    same = claim.expect in ("same", "no less")
+    same, published = claim.expect == "same", np.nan if claim.expect in ("same", "no less") else published
     if claim.second[1] == "nothing":  # a recipe by itself: its own spread, and n - 1 degrees of freedom
         return _alone(spread * 2**0.5, claim.margin if same or not abs(published) > 0 else abs(published), same, 0.05 / questions)
     return seeds_needed(spread, claim.margin if same or not abs(published) > 0 else published, same, alpha=0.05 / questions)
@@ -61,7 +61,8 @@ def as_measured(
     difference, questions = row["difference"], row["questions"]
     if claim.expect in ("same", "no less"):
         away = abs(claim.margin - abs(difference) if claim.expect == "same" else claim.margin + difference)
-        return needed(replace(claim, margin=away), row["spread"], questions=questions) if away > 0 else None
+        inside = claim.expect == "same" and abs(difference) < claim.margin  # one of the two one-sided tests is the hard one: 5 % on one side
+        return needed(replace(claim, margin=away, expect="more"), row["spread"], questions=questions / (1 + inside)) if away > 0 else None
     return needed(claim, row["spread"], difference, questions) if difference else None
 
 # %% ../nbs/14g_remarks.ipynb #2278489d
@@ -73,10 +74,11 @@ def _gap(rows, claim):
 
 # %% ../nbs/14g_remarks.ipynb #3bcaaa6a
 def _apart(rows, claim):
-    "How far the original networks lie apart where Patch Mixing is to bring one to another; NaN elsewhere."
+    "How far the original networks lie apart where Patch Mixing is to bring one to another, and the claim's verdict on them; NaN and nothing elsewhere."
     if claim.first[1] != "switch" or claim.first[0] == claim.second[0] or claim.value != "kept":
-        return np.nan
-    return verdicts(rows, [replace(claim, first=(claim.first[0], "timm"), second=(claim.second[0], "timm"))])["difference"].item()
+        return np.nan, ""
+    row = verdicts(rows, [replace(claim, first=(claim.first[0], "timm"), second=(claim.second[0], "timm"))]).iloc[0]
+    return row["difference"], row["verdict"]
 
 # %% ../nbs/14g_remarks.ipynb #d5f9b04d
 def _fails(claim, value):
@@ -91,21 +93,23 @@ def remarks(
     rows: pd.DataFrame,  # what the page compares: of `load_battery`, or of `ranks.load_selectivity`
 ) -> list[str]:
     "What a reader has to know of a verdict beside its numbers."
-    word, bound, gap = row["verdict"], claim.expect in ("same", "no less"), _gap(rows, claim) if page == "selectivity_table" else _apart(rows, claim)
+    word, bound = row["verdict"], claim.expect in ("same", "no less")
+    gap, before = (_gap(rows, claim), "") if page == "selectivity_table" else _apart(rows, claim)
     masked = "only_bg" in claim.curve and any(recipe == "remixer mask" for _, recipe in (claim.first, claim.second))
     failed = [_fails(claim, row[key]) for key in ("published", "published T", "published S") if row.get(key) == row.get(key) and key in row]
     bridged = claim.expect == "no less" or page != "selectivity_table"  # Patch Mixing is to bring one network to another
-    ahead = page != "selectivity_table" and gap > (claim.margin if bound else 0)
+    narrow = bound and (before == "seen" if before else abs(gap) < claim.margin)
+    ahead = gap > 0 and before == ("contradicted" if bound else "seen")
     said = {
         "formulated after the numbers were seen": claim.later,
         "true masks are empty on Only-BG: ReMixer is off there": masked,
         "a difference all the same, within the margin": word == "seen" and bound and (row["low"] > 0 or row["high"] < 0),
         "both keep next to nothing there: it says little": word == "seen" and bound and claim.value == "kept" and max(row["first"], row["second"]) < claim.margin,
-        f"the margin is wider than the gap between the originals, {gap:.3f}: " + ("an untouched ConvNeXt would pass" if bridged else "it says little"): word == "seen" and bound and abs(gap) < claim.margin,
+        f"the margin is wider than the gap between the originals, {gap:.3f}: " + ("an untouched ConvNeXt would pass" if bridged else "it says little"): word == "seen" and narrow,
         f"ConvNeXt is ahead by {gap:.3f} without Patch Mixing: " + ("there is no gap to close" if bound else "an untouched one would pass"): ahead and word == ("contradicted" if bound else "seen"),
         "kappa starts at zero: an untrained one would pass": page == "remixer_kappa" and word == "seen" and bound,
         "the published numbers themselves " + ("fail this reading" if all(failed) else "fulfil it in part"): word in ("seen", "contradicted", "not decided") and any(failed),
-        f"the originals differ by {gap:+.3f} as they are": page != "selectivity_table" and word in ("seen", "contradicted") and gap == gap and not ahead and not (bound and word == "seen" and abs(gap) < claim.margin),
+        f"the originals differ by {gap:+.3f} as they are": page != "selectivity_table" and word in ("seen", "contradicted") and gap == gap and not ahead and not (word == "seen" and narrow),
     }
     return [words for words, true in said.items() if true]
 

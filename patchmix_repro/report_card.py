@@ -35,7 +35,7 @@ from .remixer_tables import as_published, commands, training_of
 # %% ../nbs/15h_report_card.ipynb #1e841d8e
 PAPERS = ("Patch Mixing", "ReMixer", "ours")  # whose claims: ours are controls and stronger readings
 VERDICTS = {  # of a page -> of the card, with a reason where it is none of the rule's doing
-    "seen": ("seen", ""), "contradicted": ("contradicted", ""), "not decided": ("not decided", ""), "one seed": ("not decided", "one seed of a recipe; a spread needs two"),
+    "seen": ("seen", ""), "contradicted": ("contradicted", ""), "not decided": ("not decided", ""), "one seed": ("not decided", "one seed of a recipe; a spread needs two"), "two seeds": ("not decided", "two seeds of a recipe beside more; the test asks for three"),
     "no spread": ("not decided", "every seed gave the same value"), "not testable here": ("not testable here", "the test does not discriminate at this scale"), "not measured yet": ("not run", ""),
 }
 WORDS = tuple(dict.fromkeys(word for word, _ in VERDICTS.values()))
@@ -145,24 +145,25 @@ def _runs(rows, claim):
     "The ids of the runs behind a claim, by commas."
     if rows.empty or "run_id" not in rows:
         return ""
-    if "curve" in rows and claim.curve in set(rows["curve"]):  # maps of patches and of cut-outs are records of their own
-        rows = rows[rows["curve"].eq(claim.curve)]
+    if "variant" in rows or claim.curve in set(rows["curve"]):  # sets, and maps of patches and of cut-outs, are records of their own
+        rows = rows[rows["variant" if "variant" in rows else "curve"].eq(claim.curve)]
     return ", ".join(dict.fromkeys(rows.loc[_of(rows, "recipe" if "recipe" in rows else "mixing", claim), "run_id"]))
 
 # %% ../nbs/15h_report_card.ipynb #c3c1fa86
-def _elsewhere(page, runs, recipe, data):
+def _elsewhere(page, runs, recipes, data):
     "Why no run of this data set and scale can answer a claim, and what could; empty where one can."
     if page == "remixer_shifted" and data != "imagenet9":
-        return {"verdict": "not testable here", "reason": "needs the paper's shifted sets, whose classes are ImageNet-9's", "command": "\n".join(run_commands((recipe[0], recipe[1].replace("mask", "saliency")), "imagenet9", "small", page))}
+        lines = [line for model, name in recipes for line in run_commands((model, name.replace("mask", "saliency")), "imagenet9", "small", page)]
+        return {"verdict": "not testable here", "reason": "needs the paper's shifted sets, whose classes are ImageNet-9's", "command": "\n".join(dict.fromkeys(lines))}
     if page == "remixer_kappa" and runs:
-        return {"verdict": "not testable here", "reason": "the last layer's kappa gets no gradient, and is the last quarter alone at this scale", "command": "\n".join(run_commands(recipe, data, "small", page))}
+        return {"verdict": "not testable here", "reason": "the last layer's kappa gets no gradient, and is the last quarter alone at this scale", "command": "\n".join(run_commands(recipes[0], data, "small", page))}
     return {}
 
 # %% ../nbs/15h_report_card.ipynb #b07fdb4e
 def _undecided(claim, row, sizes):
     "Why a claim is not decided, the seeds that would decide it, and of what difference."
     said, had = left_open(claim, row, *sizes), max(map(int, row["seeds"].split(" + ")))
-    size = np.nan if claim.expect in ("same", "no less") or "excludes the published difference" in said else abs(next(iter(sizes), np.nan))
+    size = np.nan if claim.expect in ("same", "no less") or "excludes the published difference" in said else next(iter(sizes), np.nan) * (-1 if claim.expect == "less" else 1)  # against the claim: no aim
     seeds, aim = needed(claim, row["spread"], size, row["questions"]), f"the margin, {claim.margin:g}" if not size > 0 else f"the published {size:.3g}"
     if seeds and seeds <= had or any(words.startswith("smaller than") for words in said):
         seeds, aim = as_measured(claim, row), f"the measured {abs(row['difference']):.3g}"
@@ -186,7 +187,7 @@ def _row(name, page, claim, row, rows, data, scale):
     found |= {"reason": "; ".join(said), "command": ""}
     if verdict == "not run" and lacks:
         found["command"] = "\n".join(dict.fromkeys(line for recipe in lacks for line in run_commands(recipe, data, scale, name, maps=claim.curve if name == "selectivity_table" else "patch")))
-        found |= _elsewhere(name, found["runs"], lacks[0], data)
+        found |= _elsewhere(name, len(rows) and _of(rows, "recipe" if "recipe" in rows else "mixing", claim).any(), lacks, data)
     return found
 
 # %% ../nbs/15h_report_card.ipynb #ff1a3a2f
@@ -200,7 +201,8 @@ def judge_page(
     asked = choose("page", page, PAGES)
     rows, claims = asked.rows(folder, data, scale), asked.claims()
     table = asked.judge(rows, claims).to_dict("records")
-    questions = lambda claim: sum((row["p_value"] == row["p_value"]) + (row["p_same"] == row["p_same"]) for other, row in zip(claims, table) if other.later == claim.later)
+    asks = [(row["p_holm"] == row["p_holm"]) + (row["p_same_holm"] == row["p_same_holm"]) + (row["verdict"] == "two seeds") * (1 + (claim.expect == "same")) for claim, row in zip(claims, table, strict=True)]
+    questions = lambda claim: sum(asked for other, asked in zip(claims, asks) if other.later == claim.later)
     found = pd.DataFrame([_row(page, asked, claim, row | {"questions": max(questions(claim), 1)}, rows, data, scale) for claim, row in zip(claims, table, strict=True)], columns=COLUMNS)
     return told_twice(found)
 
@@ -213,12 +215,12 @@ def judge_ranks(
     "The rows of the page of selectivity against robustness."
     mixings = ("none", "timm", "switch")
     table = correlations(robustness(load_battery(folder, data, scale, mixings), load_selectivity(folder, data, scale, mixings)))
-    rows = []
+    rows, lacks = [], "\n".join(line for model in ("convnext", "swin", "deit") for page in ("replacement", "selectivity_table") for line in run_commands((model, "timm"), data, scale, page))
     for row in table.to_dict("records"):
         word, reason = VERDICTS[row["verdict"]]
         reason = {"not testable here": "fewer than five recipes beyond what is held equal", "not decided": f"{row['recipes']} recipes; other networks, not more seeds, would decide"}.get(word, reason)
         rows.append({"paper": "Patch Mixing", "page": "selectivity_robustness", "claim": f"more selective networks are more robust ({row['networks']})", "difference": row["estimate"],
-                     "low": row["low"], "high": row["high"], "seeds": f"{row['n']}", "p_holm": row["p_holm"], "verdict": word, "reason": reason, "command": "", "runs": ""})
+                     "low": row["low"], "high": row["high"], "seeds": f"{row['n']}", "p_holm": row["p_holm"], "verdict": word, "reason": reason, "command": lacks if word == "not run" else "", "runs": ""})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../nbs/15h_report_card.ipynb #95a6c6de

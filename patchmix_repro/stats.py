@@ -8,6 +8,7 @@ __all__ = ['Interval', 'Comparison', 'Equivalence', 'wilson', 'mean_interval', '
 
 # %% ../nbs/02_stats.ipynb #9f5b8382
 import gc
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -169,7 +170,9 @@ def compare_seeds(
 ) -> Comparison:  # n: seeds of both together
     "Welch's t test (1947), over training seeds."
     a, b = _seeds(a, b)
-    test = ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)  # runs that agree to the last digit have no spread
+        test = ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(_level(level))
     return Comparison(float(a.mean() - b.mean()), float(low), float(high), float(test.pvalue), len(a) + len(b))
 

@@ -124,6 +124,8 @@ def frame(first, second, discriminates=True):
     ((0.5, 0.5, 0.5), (0.5, 0.5), "same", True, "no spread"),
     ((0.80, 0.81, 0.82), (0.50, 0.51, 0.52), "more", False, "not testable here"),
     ((0.80,), (0.50, 0.51, 0.52), "more", True, "one seed"),
+    ((0.80, 0.81), (0.50, 0.51, 0.52, 0.53), "more", True, "two seeds"),
+    ((0.80, 0.81), (0.50, 0.51, 0.52), "more", True, "seen"),
     ((), (0.50, 0.51, 0.52), "more", True, "not measured yet"),
     ((), (), "same", True, "not measured yet"),
 ])

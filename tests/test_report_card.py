@@ -1,6 +1,7 @@
 "The report card: one row a claim, the page's own verdict, and what would decide."
 import importlib.util
 import re
+from dataclasses import replace
 
 import matplotlib
 
@@ -19,10 +20,11 @@ from patchmix_repro.claims import load_battery, verdicts
 from patchmix_repro.config import run_id, train_config
 from patchmix_repro.core import InputError, project_root
 from patchmix_repro.evidence import evidence_lines
+from patchmix_repro.home import FOUND, found
 from patchmix_repro.page_claims import drop_claims, replacement_claims, selectivity_claims
-from patchmix_repro.remarks import left_open, needed, remarks
+from patchmix_repro.remarks import as_measured, left_open, needed, remarks
 from patchmix_repro.remixer_tables import as_published
-from patchmix_repro.stats import seeds_needed
+from patchmix_repro.stats import compare_seeds, equivalence, seeds_needed
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def verdicts_of_page(page):
     "Claim -> the verdict in the last table of verdicts for the first data set that the page's notebook holds, as its reader sees it."
     cells = nbformat.read(project_root() / "nbs" / "results" / f"{page}.ipynb", as_version=4).cells
     text = next("".join(output.get("text", "") for output in cell.outputs) for cell in cells if cell.cell_type == "code" and "sentences(table)" in cell.source)
-    found = [re.match(r"(seen|contradicted|not decided|not testable here|not measured yet|one seed|no spread)\s+(.+?)(?:: [+-]\d\.\d{3} \[.*|, \d[^,]*seeds\.)$", line) for line in text.splitlines()]
+    found = [re.match(r"(seen|contradicted|not decided|not testable here|not measured yet|one seed|two seeds|no spread)\s+(.+?)(?:: [+-]\d\.\d{3} \[.*|, \d[^,]*seeds\.)$", line) for line in text.splitlines()]
     assert all(found), [line for line, match in zip(text.splitlines(), found) if not match]
     return {match[2]: match[1] for match in found}
 
@@ -200,8 +202,11 @@ def test_the_home_page_says_what_the_records_say():
     spec = importlib.util.spec_from_file_location("report", project_root() / ".ci" / "report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    (start, text, end), = re.findall(r"(<!-- report card -->\n)(.*?)(<!-- end of the report card -->\n)", (project_root() / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert text == report.block(), "run python .ci/report.py"
+    page, blocks = (project_root() / "README.md").read_text(encoding="utf-8"), report.blocks()
+    for name, block in blocks.items():
+        (_, text, _), = report.MARKS[name].findall(page)
+        assert text == block, "run python .ci/report.py"
+    assert blocks["findings"].count("\n") >= len(FOUND), "a finding is no longer what the records say"
 
 
 def test_a_claim_names_the_records_behind_it(folder, card):
@@ -214,3 +219,40 @@ def test_a_claim_names_the_records_behind_it(folder, card):
     assert not card[card.verdict.isin(["seen", "contradicted"]) & card.page.ne("selectivity_robustness")].runs.eq("").any()
     lines = evidence_lines(card).splitlines()
     assert len(lines) == card.verdict.isin(["seen", "contradicted"]).sum() and any(f"(records.ipynb#{runs[0]})" in line for line in lines)
+
+
+def test_a_network_at_chance_leaves_the_others_their_verdicts(folder):
+    rows, claims = load_battery(folder, "shapes9", "mini"), replacement_claims()
+    at_chance = rows["model"].eq("deit") & rows["mixing"].eq("timm") & rows["train_seed"].eq(0)
+    before, after = verdicts(rows, claims), verdicts(rows.assign(kept=rows["kept"].mask(at_chance)), claims)
+    deit = before.claim.str.contains("DeiT")
+    assert deit.sum() == 2 and after.seeds[deit].eq("3 + 2").all() and before.seeds.eq("3 + 3").all()
+    pd.testing.assert_series_equal(after.difference[~deit], before.difference[~deit])
+
+
+@pytest.mark.parametrize("originals, taken_back", [(((0.50, 0.46, 0.545), (0.499, 0.55, 0.45)), False), (((0.60, 0.61, 0.62), (0.50, 0.51, 0.52)), True)])
+def test_a_verdict_is_taken_back_only_where_the_originals_have_it(originals, taken_back):
+    claim, values = drop_claims()[-1], {("convnext", "timm"): originals[0], ("swin", "timm"): originals[1], ("convnext", "switch"): (0.80, 0.81, 0.82), ("swin", "switch"): (0.50, 0.51, 0.52)}
+    rows = pd.DataFrame([(*recipe, seed, claim.curve, 20.0, kept, 0.9) for recipe, kepts in values.items() for seed, kept in enumerate(kepts)], columns=["model", "mixing", "train_seed", "curve", "x", "kept", "accuracy"])
+    row = verdicts(rows, [claim]).iloc[0].to_dict()
+    assert row["verdict"] == "seen" and any(words.endswith("an untouched one would pass") for words in remarks("drop", claim, row, rows)) == taken_back
+
+
+@pytest.mark.parametrize("expect, difference, margin", [("same", -0.0066, 0.01), ("no less", -0.004, 0.01), ("same", 0.02, 0.01)])
+def test_the_seeds_for_the_measured_difference_decide_in_four_cases_of_five(expect, difference, margin):
+    claim = replace(replacement_claims()[0], expect=expect, margin=margin, curve="clean", x=0, value="accuracy")
+    seeds, rng = as_measured(claim, {"difference": difference, "spread": 0.0064, "questions": 1}), np.random.default_rng(3)
+    decided = [equivalence(*draw, margin).p_value < 0.05 if expect == "same" and abs(difference) < margin else compare_seeds(draw[0] + (margin if expect == "no less" else -np.copysign(margin, difference)), draw[1]).p_value < 0.05
+               for draw in ((rng.normal(difference, 0.0064, seeds), rng.normal(0, 0.0064, seeds)) for _ in range(600))]
+    assert 0.76 < np.mean(decided) < 0.86, (seeds, np.mean(decided))
+
+
+def test_sentences_need_their_verdicts_their_intervals_and_their_scale():
+    results = project_root() / "results"
+    cards = {f"{data}, mini": rc.report_card(results, data) for data in ("shapes9", "caltech9")}
+    said = found(cards)
+    assert len(said) >= len(FOUND)
+    assert found(cards | {"shapes9, small": rc.report_card(results, "shapes9", "small")}) == said
+    assert found({title.replace("mini", "small"): card for title, card in cards.items()})[:-1] == []
+    alone = {title: card.assign(low=np.nan, high=np.nan) for title, card in cards.items()}
+    assert found(alone) == []
