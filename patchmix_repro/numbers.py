@@ -14,7 +14,7 @@ import pandas as pd
 from .claims import load_battery
 from .ledger import read
 from .ranks import load_selectivity
-from .remixer_claims import PAPER_SETS, judged_quarters, kappa_quarters
+from .remixer_claims import PAPER_SETS, at_hand, judged_quarters, kappa_quarters
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
 from .remixer_tables import compared
 from .stats import mean_interval
@@ -49,7 +49,7 @@ def remixer_values(
     scale: str,  # scale
 ) -> pd.DataFrame:  # COLUMNS
     "Accuracies before other backgrounds and on shifted sets, their gaps, and kappa by quarter, one row a run and variant."
-    runs = select(remixer_runs(folder), data, scale, ["mask", "dense"])
+    runs = select(remixer_runs(folder), data, scale, at_hand(["mask", "dense"], data))
     rows = with_differences(runs[runs["kind"].ne("relevance")]) if len(runs) else runs
     kappa = judged_quarters(kappa_quarters(kappa_runs(folder), data, scale)) if len(runs) else pd.DataFrame(columns=["model", "recipe", "seed", "variant", "kappa"])
     parts = [rows.assign(metric="accuracy").rename(columns={"accuracy": "value"}), kappa.assign(metric="kappa").rename(columns={"kappa": "value"})]

@@ -26,7 +26,7 @@ from .page_claims import PAGE_CLAIMS
 from .plots import style
 from .ranks import correlations, load_selectivity, robustness
 from patchmix_repro.remixer_claims import (
-    appendix_claims, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, remixer_verdicts, shifted_claims, text_claims, token_claims,
+    appendix_claims, at_hand, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, relabelled, remixer_verdicts, shifted_claims, STAND_IN, text_claims, token_claims,
 )
 from .remarks import as_measured, left_open, needed, remarks, told_twice
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
@@ -52,7 +52,7 @@ class Page(NamedTuple):
 def _remixed(*labels, only=None):
     "Rows of ReMixer's pages: these labellers, these variants."
     def rows(folder, data, scale):
-        found = with_differences(select(remixer_runs(folder), data, scale, labels))
+        found = with_differences(select(remixer_runs(folder), data, scale, at_hand(labels, data)))
         return found[found["variant"].isin(only)] if only else found
     return rows
 
@@ -64,7 +64,7 @@ def _remixer(claims, rows):
 PAGES = {page: Page("Patch Mixing", claims, load_selectivity if page == "selectivity_table" else load_battery) for page, claims in PAGE_CLAIMS.items()} | {
     "remixer_backgrounds": _remixer(background_claims, _remixed("mask", "dense")),
     "remixer_convit": _remixer(convit_claims, _remixed("dense")),
-    "remixer_kappa": _remixer(kappa_claims, lambda folder, data, scale: judged_quarters(kappa_quarters(kappa_runs(folder), data, scale))),
+    "remixer_kappa": _remixer(kappa_claims, lambda folder, data, scale: judged_quarters(kappa_quarters(kappa_runs(folder), data, scale, at_hand(("mask", "dense"), data)))),
     "remixer_maps": _remixer(map_claims, _remixed("mask", "dense", only=["object share"])),
     "remixer_shifted": _remixer(shifted_claims, _remixed("mask")),
     "remixer_tokens": _remixer(token_claims, _remixed("dense")),
@@ -155,6 +155,8 @@ def _elsewhere(page, runs, recipes, data):
     if page == "remixer_shifted" and data != "imagenet9":
         lines = [line for model, name in recipes for line in run_commands((model, name.replace("mask", "saliency")), "imagenet9", "small", page)]
         return {"verdict": "not testable here", "reason": "needs the paper's shifted sets, whose classes are ImageNet-9's", "command": "\n".join(dict.fromkeys(lines))}
+    if page == "remixer_maps" and data in STAND_IN:
+        return {"verdict": "not testable here", "reason": f"needs masks of the objects, which {data} lacks", "command": ""}
     if page == "remixer_kappa" and runs:
         return {"verdict": "not testable here", "reason": "the last layer's kappa gets no gradient, and is the last quarter alone at this scale", "command": "\n".join(run_commands(recipes[0], data, "small", page))}
     return {}
@@ -199,7 +201,7 @@ def judge_page(
 ) -> pd.DataFrame:  # `COLUMNS`, one row a claim
     "The rows of one page."
     asked = choose("page", page, PAGES)
-    rows, claims = asked.rows(folder, data, scale), asked.claims()
+    rows, claims = asked.rows(folder, data, scale), relabelled(asked.claims(), data)
     table = asked.judge(rows, claims).to_dict("records")
     asks = [(row["p_holm"] == row["p_holm"]) + (row["p_same_holm"] == row["p_same_holm"]) + (row["verdict"] == "two seeds") * (1 + (claim.expect == "same")) for claim, row in zip(claims, table, strict=True)]
     questions = lambda claim: sum(asked for other, asked in zip(claims, asks) if other.later == claim.later)

@@ -93,6 +93,15 @@ def test_what_no_run_here_can_answer_says_why_and_what_could(card):
     assert kappa.verdict == "not testable here" and "the last quarter alone" in kappa.reason and "-p scale small" in kappa.command
 
 
+def test_the_card_of_imagenet9_is_about_the_labels_it_has():
+    card = rc.report_card(project_root() / "results", "imagenet9", "small")
+    mine = card[card["page"].isin([page for page, asked in rc.PAGES.items() if asked.paper == "ReMixer"])]
+    assert not mine["claim"].str.contains("remixer mask").any() and mine["claim"].str.contains("remixer saliency").sum() > 60
+    assert not mine["command"].str.contains("labels mask|shuffled:mask").any() and mine["command"].str.contains("-p labels saliency").any()
+    maps = mine[mine["page"].eq("remixer_maps") & mine["claim"].str.contains("saliency")]
+    assert len(maps) and set(maps["verdict"]) == {"not testable here"} and maps["reason"].str.contains("masks of the objects").all()
+
+
 def test_more_questions_ask_for_more_seeds():
     claim = replacement_claims()[0]
     alone, among = (needed(claim, 0.05, 0.05, questions) for questions in (1, 12))

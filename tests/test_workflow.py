@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from hypothesis import given
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from patchmix_repro import store
 from patchmix_repro.choices import CHOICES
 from patchmix_repro.core import InputError
-from patchmix_repro.plan import SUBSETS, Sweep, command, paper_steps, place_of, steps_of, sweep_of
+from patchmix_repro.plan import PAGE_LABELS, SUBSETS, Sweep, command, paper_steps, place_of, steps_of, sweep_of
+from patchmix_repro.report_card import PAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 SNAKEMAKE = [sys.executable, "-m", "snakemake"]
@@ -69,6 +71,21 @@ def test_the_papers_scale_has_every_training_of_both_papers():
     assert [given["model"] for given in trained if given.get("token_labels") and given["data"] == "imagenet"] == ["deit", "deit", "deit_b", "deit_b"]
     nine = [given for given in trained if given["data"] == "imagenet9"]
     assert len(nine) == 12 and not any(given.get("token_labels") for given in nine)
+
+
+def test_imagenet9_is_planned_without_masks():
+    steps = steps_of(Sweep(data="imagenet9", scale="small", subset="full"))
+    given = [step.given for step in steps.values()]
+    assert {word for at in given if (word := at.get("labels"))} >= {"saliency", "shuffled:saliency"} and not any("mask" in str(at.get("labels")) for at in given)
+    challenges = {(at["measure"], at["data"]) for at in given if "measure" in at}
+    assert challenges == {("backgrounds", "backgrounds"), ("shifted", "imagenet9")}  # no masks of objects: no relevance
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_told_of_the_labels_it_would_take(page):
+    cells = nbformat.read(ROOT / "nbs" / "results" / f"{page}.ipynb", as_version=4).cells
+    default = re.search(r'^labels: str = "(.*?)"', next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), re.MULTILINE)
+    assert PAGE_LABELS.get(page) == (tuple(default[1].split(",")) if default and "mask" in default[1] else None)
 
 
 def test_a_command_passes_every_parameter():
