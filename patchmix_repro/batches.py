@@ -24,7 +24,7 @@ from .core import keyed_generator, keyed_seed
 from .data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, augment, create_dataset, normalize, options_of
 from .labelers import LabelMaps
 from .mixing import MixingSwitch, PatchMixing
-from .models import IMAGE_SIZE, PATCHES
+from .names import IMAGE_SIZE, PATCHES
 from .moving import augment_maps
 from .paired import PairedTransform
 

@@ -26,7 +26,8 @@ from .files import ImageSet
 from .label_sources import check_labeler, labeler_behind, read_source
 from .parameters import run_folder_for
 from .relevance_records import measure_relevance, share_interval
-from .shifted_records import SHIFTED, measure_labeller, measure_shifted, open_shifted
+from .names import SHIFTED
+from .shifted_records import measure_labeller, measure_shifted, open_shifted
 from .stats import percent, wilson
 
 # %% ../nbs/13f_challenge_runs.ipynb #ca4eaa6d

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import InputError, choose, project_root, stable_hash
-from .data import DATASETS
-from .models import IMAGE_SIZE, MODELS
+from .names import DATA, IMAGE_SIZE, MODELS
 
 # %% ../nbs/10a_config.ipynb #e2a51f40
 OFFICIAL = {
@@ -91,7 +90,7 @@ class TrainConfig(LabelFields, ChoiceFields):
     "What one training run is; made by `train_config`, which checks it."
     model: str = "convnext"  # one of MODELS
     scale: str = "mini"  # "mini", "small" or "paper"
-    data: str = "shapes9"  # one of DATASETS
+    data: str = "shapes9"  # one of DATA
     mixing: str = "switch"  # "none", "timm" (Mixup + CutMix), "patch", or "switch" (one of the three per batch)
     grid: int | tuple[int, ...] = 7  # Patch Mixing's patches per side; of several, one is drawn per batch
     ratio: float = 0.5  # shares of replaced patches are uniform in [0, ratio]: PatchMixing's ratio=(0, ratio)
@@ -157,7 +156,7 @@ RULES = {
     "crop": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "augmentation": (lambda v: v == "crop" or v.startswith(("rand-", "augmix", "original", "v0", "3a")), '"crop" or a timm policy such as "rand-m9-mstd0.5-inc1"'),
 }
-CHOICES = {"model": MODELS, "scale": tuple(IMAGE_SIZE), "data": tuple(DATASETS), "mixing": ("none", "timm", "patch", "switch"),
+CHOICES = {"model": MODELS, "scale": tuple(IMAGE_SIZE), "data": DATA, "mixing": ("none", "timm", "patch", "switch"),
            "recipe": ("auto", *RECIPES), "distance": ("auto", "l1", "cosine"), "precision": ("auto", "float32", "bfloat16"), "device": ("auto", "cpu")}
 
 # %% ../nbs/10a_config.ipynb #9c815fa3

@@ -20,8 +20,6 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 # %% ../nbs/00_core.ipynb #35f1c6db
 class ReproError(Exception):
     "Root of all errors of this library."
@@ -158,8 +156,10 @@ def keyed_seed(
 def keyed_generator(
     seed: int,  # the run's seed
     *purpose: str | int,  # what the draw is for: "crop", epoch, step ...
-) -> torch.Generator:  # on the CPU
+):  # torch.Generator, on the CPU
     "A fresh generator that depends on nothing but `seed` and `purpose`."
+    import torch  # here, so that who only reads records does not wait for it
+
     return torch.Generator().manual_seed(keyed_seed(seed, *purpose))
 
 # %% ../nbs/00_core.ipynb #fc3bcd61

@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -195,10 +194,10 @@ def selectivity_dots(
 
 # %% ../nbs/15a_curves.ipynb #81d2f214
 def strip(
-    images: torch.Tensor,  # uint8 n 3 s s
+    images,  # tensor, uint8 n 3 s s
 ) -> bytes:  # a PNG of n s x s pixels
     "Square images side by side as one PNG."
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or not len(images):
+    if str(images.dtype) != "torch.uint8" or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or not len(images):
         raise InputError(f"images are {images.dtype} {tuple(images.shape)}. Give uint8 n 3 s s, at least one.")
     file = io.BytesIO()
     Image.fromarray(np.concatenate(images.movedim(1, -1).numpy(), axis=1)).save(file, format="PNG", optimize=True)
@@ -207,8 +206,10 @@ def strip(
 # %% ../nbs/15a_curves.ipynb #fde2bd0f
 def unstrip(
     content: bytes,  # from `strip`
-) -> torch.Tensor:  # uint8 n 3 s s
+):  # tensor, uint8 n 3 s s
     "The images of a strip."
+    import torch
+
     wide = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB")))
     return torch.stack(wide.split(wide.shape[0], dim=1)).movedim(-1, 1)
 
@@ -218,7 +219,7 @@ def read_sheet(
     name: str,  # of the sheet
     data: str,  # data set of the record
     kind: str = "pictures",  # of the record
-) -> tuple[torch.Tensor, list[str]] | None:  # uint8 n 3 s s and n captions; None: no record holds it
+) -> tuple | None:  # images (tensor, uint8 n 3 s s) and n captions; None: no record holds it
     "The pictures of a sheet, from the first record that carries it."
     records = store.read(folder).reindex(columns=["run_id", "kind", "config.data"])
     for run_id in records.loc[records["kind"].eq(kind) & records["config.data"].eq(data), "run_id"]:

@@ -21,7 +21,8 @@ from .grabcut import grabcut, mask_box
 from .label_files import read_labels, view_of
 from .label_networks import Labeler, dense_labeler, label_images, saliency_labeler, unet_labeler
 from .labelers import LabelMaps, constant_maps, shuffle_maps
-from .models import PATCHES, batches_of
+from .models import batches_of
+from .names import PATCHES
 from .networks import find_run, known_runs, load_model
 from .shards import synset_ids
 from .squeezenet import SHA256, load_squeezenet

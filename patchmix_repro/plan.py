@@ -20,13 +20,11 @@ from . import store
 from .choices import CHOICES
 from .config import run_id, train_config
 from .core import InputError, choose, stable_hash
-from .data import DATASETS
-from .models import IMAGE_SIZE
+from .names import DATA, IMAGE_SIZE, SHIFTED
 from .parameters import settle
 from .remixer_claims import STAND_IN, at_hand, relabelled
 from .remixer_tables import as_published
 from .report_card import MEASURED_BY, PAGES, trained_by
-from .shifted_records import SHIFTED
 
 # %% ../nbs/16_plan.ipynb #c5636670
 class Subset(NamedTuple):
@@ -54,7 +52,7 @@ SUBSETS = {
 @dataclass(frozen=True)
 class Sweep:
     "What one sweep re-makes; `sweep_of` makes it of Snakemake's configuration."
-    data: str = "shapes9"  # one of DATASETS
+    data: str = "shapes9"  # one of DATA
     scale: str = "mini"  # "mini", "small" or "paper"
     seeds: int = 1  # trainings a recipe
     first: int = 0  # the first seed
@@ -64,7 +62,7 @@ class Sweep:
     root: str | None = None  # where the data lies; None: PATCHMIX_DATA, then data/
 
     def __post_init__(self):
-        for name, allowed in (("data", DATASETS), ("scale", IMAGE_SIZE), ("subset", SUBSETS), ("precision", ("bfloat16", "float32", "auto"))):
+        for name, allowed in (("data", DATA), ("scale", IMAGE_SIZE), ("subset", SUBSETS), ("precision", ("bfloat16", "float32", "auto"))):
             choose(name, getattr(self, name), list(allowed))
         if self.seeds < 1 or self.first < 0:
             raise InputError(f"seeds {self.seeds} from {self.first}. Give at least one seed, and a first one from 0.")

@@ -15,7 +15,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from .core import InputError, atomic_write, choose, project_root
@@ -184,7 +183,7 @@ def accuracy_dots(
 
 # %% ../nbs/15_plots.ipynb #38631a99
 def image_sheet(
-    images: torch.Tensor,  # b 3 h w, uint8 or float in [0, 1]
+    images,  # tensor b 3 h w, uint8 or float in [0, 1]
     titles: list[str],  # one caption an image, such as its label weights
     columns: int = 8,  # images in a row
 ) -> tuple[Figure, pd.DataFrame]:  # the figure; image, title

@@ -11,8 +11,6 @@ import os
 import platform
 import sys
 
-import torch
-
 from .core import sha256_file
 
 # %% ../nbs/02c_provenance.ipynb #a2054b71
@@ -27,6 +25,8 @@ def _module_hashes():
 # %% ../nbs/02c_provenance.ipynb #6adfedef
 def provenance() -> dict:  # versions, machine, modules
     "What a run was made with: packages, the kind of machine, and this library's loaded modules by hash."
+    import torch
+
     cuda = torch.cuda.is_available()
     machine = {
         "system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),

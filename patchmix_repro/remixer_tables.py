@@ -21,7 +21,7 @@ from .curves import absent
 from .plots import MODEL_COLOUR, style
 from .remixer_claims import WAY, paper_value
 from .remixer_records import NAMES, VARIANTS
-from .shifted_records import SHIFTED
+from .names import SHIFTED
 from .stats import compare_seeds, mean_interval
 
 # %% ../nbs/15f_remixer_tables.ipynb #e1f8ddea

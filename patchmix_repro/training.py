@@ -28,7 +28,8 @@ from .core import CheckpointError, InputError, NonFiniteError, atomic_write, kee
 from .data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
 from .label_sources import labeler_note, patch_labels_of, read_source, run_labels
 from .labelers import LabelMaps
-from .models import IMAGE_SIZE, predict
+from .models import predict
+from .names import IMAGE_SIZE
 from .networks import load_model, write_model
 from .remixer import Remixed
 from .state import (State, accelerator_for, alone, build, checkpoints, dtype_of, load_checkpoint, own_generators,

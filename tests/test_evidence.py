@@ -8,13 +8,14 @@ from patchmix_repro.background_records import measure_backgrounds
 from patchmix_repro.blocks import normalization
 from patchmix_repro.core import InputError
 from patchmix_repro.data import create_dataset, normalize
-from patchmix_repro.evidence import chain, deciding, maps_again, record_rows, records_html, shown_backgrounds, shown_explained, shown_images
+from patchmix_repro.evidence import chain, deciding, maps_again, shown_backgrounds, shown_explained, shown_images
 from patchmix_repro.explaining import explained_rows, selectivity_rows
 from patchmix_repro.explanations import ExplainConfig, explain_sets, file_sets, image_rows, open_split
 from patchmix_repro.battery import open_networks
 from patchmix_repro.filing import measure_battery, note_of
 from patchmix_repro.models import create_model
 from patchmix_repro.networks import find_run, load_model, write_model
+from patchmix_repro.record_list import record_rows, records_html
 from patchmix_repro.relevance import object_share
 from patchmix_repro.relevance_records import measure_relevance
 from patchmix_repro.smd import battery

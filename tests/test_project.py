@@ -185,6 +185,13 @@ def test_the_library_needs_no_notebook_tools():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+def test_reading_results_and_planning_runs_load_no_network_library():
+    "torch, torchvision and timm take most of the time that a page of results or a dry run needs to begin."
+    modules = ("ledger", "claims", "curves", "remixer_tables", "report_card", "home", "numbers", "record_list", "choices", "plan", "costs")
+    code = f"import sys\nfor name in {modules}: __import__('patchmix_repro.' + name)\nprint(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
 @each_module
 def test_the_library_never_runs_what_it_reads(module):
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -19,8 +19,7 @@ from patchmix_repro import store
 from patchmix_repro.claims import load_battery, verdicts
 from patchmix_repro.config import run_id, train_config
 from patchmix_repro.core import InputError, project_root
-from patchmix_repro.evidence import evidence_lines
-from patchmix_repro.home import FOUND, found
+from patchmix_repro.home import FOUND, evidence_lines, found
 from patchmix_repro.page_claims import drop_claims, replacement_claims, selectivity_claims
 from patchmix_repro.remarks import as_measured, left_open, needed, remarks
 from patchmix_repro.remixer_tables import as_published
