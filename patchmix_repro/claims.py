@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache, wraps, cache
 from inspect import signature
 from pathlib import Path
 
@@ -214,7 +214,7 @@ def _blind(measured, claim):
     return not _at(measured[recipes], claim, claim.x)["discriminates"].astype(bool).any()
 
 # %% ../nbs/14a_claims.ipynb #b8c022e6
-@lru_cache
+@cache
 def published_difference(
     claim: Claim,  # with its recipes, curve and place
 ) -> dict[str, float]:  # size, "T" or "S" -> first minus second; empty where nothing is published

@@ -25,7 +25,7 @@ from .versions import outdated
 # %% ../nbs/16a_costs.ipynb #fb222692
 def step_times(
     sweep: Sweep,  # whose steps have run, some or all
-) -> pd.DataFrame:  # step, kind, start (minutes after the first one's), minutes, memory (GB; NaN where it was not measured)
+) -> pd.DataFrame:  # step, kind (the rule's name), start (minutes after the first one's), minutes, memory (GB; NaN where it was not measured)
     "How long every finished step took, its start included, and its peak memory."
     rows, folder = [], Path(sweep.folder)
     for step in steps_of(sweep).values():
@@ -33,7 +33,7 @@ def step_times(
         if notebook.is_file():
             known = json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]
             memory = pd.read_csv(measured, sep="\t", na_values="-")["max_rss"].max() / 1024 if measured.is_file() else np.nan
-            rows.append((step.name, step.kind, pd.Timestamp(known["start_time"]), known["duration"] / 60, memory))
+            rows.append((step.name, step.name.partition("-")[0], pd.Timestamp(known["start_time"]), known["duration"] / 60, memory))
     table = pd.DataFrame(rows, columns=["step", "kind", "start", "minutes", "memory"])
     return table.assign(start=(table["start"] - table["start"].min()) / pd.Timedelta(minutes=1)) if rows else table
 
@@ -68,18 +68,19 @@ TRAIN_IMAGES = {"shapes9": 4050, "caltech9": 1681, "imagenet": 1_281_167, "image
 def training_costs(
     steps: Iterable[Step],  # from `steps_of`
     *folders: str | Path,  # stores with records of trainings
-) -> pd.DataFrame:  # step, images, images_per_s, hours; NaN where nothing was measured
-    "What trainings cost on the machine of the records; a speed is that of the same network at the same scale, whatever its data."
+) -> pd.DataFrame:  # step, images, images_per_s, hours, device; NaN where nothing was measured
+    "What trainings cost on the machine of the records; a speed is that of the same network and method at the same scale, whatever its data."
     records = pd.concat([store.read(folder) for folder in folders], ignore_index=True)
-    records = records.reindex(columns=[*records, *({"config.remixer", "timings.images_per_s", "config.model", "config.scale"} - set(records))])
-    rows = []
+    records = records.reindex(columns=[*records, *({"config.remixer", "config.token_labels", "timings.images_per_s", "config.model", "config.scale"} - set(records))])
+    same, rows = lambda name, value: records[f"config.{name}"].eq(True).eq(value) if isinstance(value, bool) else records[f"config.{name}"].eq(value), []
     for step in steps:
         if step.kind == "train":
             config = train_config(**{name: value for name, value in step.given.items() if name not in ("out", "root")})
-            mine = records["kind"].eq("train") & records["config.model"].eq(config.model) & records["config.scale"].eq(config.scale) & records["config.remixer"].eq(True).eq(config.remixer)
+            mine = records[np.logical_and.reduce([records["kind"].eq("train"), *(same(name, getattr(config, name)) for name in ("model", "scale", "remixer", "token_labels"))])]
             images = config.max_steps * config.batch_size if config.max_steps else config.epochs * TRAIN_IMAGES.get(config.data, np.nan)
-            rows.append((step.name, images, records.loc[mine, "timings.images_per_s"].median()))
-    table = pd.DataFrame(rows, columns=["step", "images", "images_per_s"])
+            devices = sorted({made["machine"]["device"] for made in mine["provenance"]})
+            rows.append((step.name, images, mine["timings.images_per_s"].median(), ", ".join(devices)))
+    table = pd.DataFrame(rows, columns=["step", "images", "images_per_s", "device"])
     return table.assign(hours=table["images"] / table["images_per_s"] / 3600)
 
 # %% ../nbs/16a_costs.ipynb #192b8660
@@ -91,12 +92,13 @@ def price(
     stores = [project_root() / "results", *sorted(Path(sweep.folder).glob("speed/*/records"))]
     trained = [step for step in steps if step.kind == "train"]
     costs, names = training_costs(trained, *stores), ("model", "data", "scale", "mixing", "remixer", "labels", "token_labels", "precision", "root")
-    slow = {(step.given["model"], bool(step.given.get("remixer"))): step.given for step, speed in zip(trained, costs["images_per_s"]) if np.isnan(speed)}
+    slow = {(step.given["model"], bool(step.given.get("remixer")), bool(step.given.get("token_labels"))): step.given for step, speed in zip(trained, costs["images_per_s"]) if np.isnan(speed)}
     lines = [f"{len(costs)} trainings see {costs['images'].sum() / 1e6:,.1f} million images." if costs["images"].notna().all() else f"{len(costs)} trainings of {sweep.data}, whose images are not counted before it is read."]
-    lines.append(f"At the measured speeds {costs['hours'].notna().sum()} of them take {costs['hours'].sum():.1f} hours.")
-    for (model, remixed), given in sorted(slow.items()):
+    known = costs["hours"].notna()
+    lines.append(f"By the speeds measured on {', '.join(sorted(set(costs.loc[known, 'device'])))}, one after the other, {known.sum()} of them take {costs['hours'].sum():.1f} hours; what measures them is not priced." if known.any() else "What they cost is not known: no speed of theirs was measured.")
+    for (model, remixed, tokens), given in sorted(slow.items()):
         words = " ".join(f"-p {name} {given[name]}" for name in names if given.get(name) is not None)
-        lines.append(f"No speed of {model}{' with ReMixer' * remixed}: papermill nbs/train.ipynb out.ipynb {words} -p max_steps 100 -p out {sweep.folder}/speed/{model}{'-remixer' * remixed}")
+        lines.append(f"No speed of {model}{' with ReMixer' * remixed}{' with TokenLabeling' * tokens}: papermill nbs/train.ipynb out.ipynb {words} -p max_steps 100 -p out {sweep.folder}/speed/{model}{'-remixer' * remixed}{'-tokens' * tokens}")
     return "\n".join(lines)
 
 # %% ../nbs/16a_costs.ipynb #885a40a4

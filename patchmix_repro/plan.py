@@ -78,6 +78,8 @@ def sweep_of(
     given = {name: settle(name, value, hints[name]) for name, value in config.items()}
     if (given.get("scale") == "paper") and "data" not in given:
         given["data"] = "imagenet9"
+    if given.get("scale") == "paper" and (wrong := [name for name in ("data", "subset", "seeds") if name in config]):
+        raise InputError(f"scale=paper with {', '.join(wrong)}. It plans both papers' trainings, one seed each, on ImageNet and ImageNet-9; leave {'it' if len(wrong) == 1 else 'them'} out, or give first= for another seed.")
     return Sweep(**given)
 
 # %% ../nbs/16_plan.ipynb #3d7ac229

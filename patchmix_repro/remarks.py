@@ -75,7 +75,7 @@ def _gap(rows, claim):
 # %% ../nbs/14g_remarks.ipynb #3bcaaa6a
 def _apart(rows, claim):
     "How far the original networks lie apart where Patch Mixing is to bring one to another, and the claim's verdict on them; NaN and nothing elsewhere."
-    if claim.first[1] != "switch" or claim.first[0] == claim.second[0] or claim.value != "kept":
+    if claim.first[1] != "switch" or claim.first[0] == claim.second[0] or claim.value not in ("kept", "accuracy"):
         return np.nan, ""
     row = verdicts(rows, [replace(claim, first=(claim.first[0], "timm"), second=(claim.second[0], "timm"))]).iloc[0]
     return row["difference"], row["verdict"]

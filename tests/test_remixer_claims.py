@@ -1,4 +1,5 @@
 "ReMixer's claims: records become frames, sentences the paper's, verdicts rarely wrong and not blind."
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from scipy.stats import ttest_1samp, ttest_ind
 
 from patchmix_repro import remixer_claims as rc
 from patchmix_repro import store
-from patchmix_repro.core import InputError
+from patchmix_repro.core import InputError, project_root
 from patchmix_repro.remixer_records import DIFFERENCES, kappa_runs, recipe_of, remixer_runs, runs_line, select, trainings, with_differences
 
 LABELS = ("mask", "dense", "shuffled", "constant")
@@ -212,16 +213,28 @@ def share_of_pages(claims, means, said, pages=300, **how):
     return np.mean([rc.remixer_verdicts(page(seed, claims, means, value=value, **how), claims)["verdict"].isin(said).any() for seed in range(pages)])
 
 
+@lru_cache
+def seeds_at_hand():
+    rows = select(remixer_runs(project_root() / "results"), "shapes9", "mini", ["mask", "dense", "shuffled", "constant", "saliency", "grabcut"])
+    return rows.groupby(["model", "recipe"])["seed"].nunique().to_dict()
+
+
 def as_run(model, recipe):
-    "The seeds that a recipe really has on shapes9."
-    return 5 if recipe in ("plain", "remixer mask", "remixer dense") and model != "relpos" else 3
+    "The seeds that a recipe really has on shapes9; three where none has run."
+    return seeds_at_hand().get((model, recipe), 3)
 
 
-@pytest.mark.parametrize("claims, seeds, pages, most", [
-    (rc.background_claims(["mask"], ["deit"]) + rc.control_claims(models=["deit"])[-2:], 3, 150, 0.08), (rc.background_claims(), as_run, 60, 0.106), (rc.text_claims(), as_run, 100, 0.09),
-], ids=["a network, three seeds", "table 1, the seeds really used", "beside the tables, the seeds really used"])
-def test_without_an_effect_a_page_rarely_says_anything(claims, seeds, pages, most):
-    assert share_of_pages(claims, lambda *place: 0.5, ["seen", "contradicted"], pages=pages, seeds=seeds) <= most
+def test_the_seeds_at_hand_are_counted():
+    assert as_run("deit", "plain") == as_run("mixer", "remixer mask") == 5 and as_run("deit", "remixer shuffled") == 3 and as_run("deit", "remixer of no kind") == 3
+
+
+@pytest.mark.parametrize("claims, seeds, pages", [
+    (rc.background_claims(["mask"], ["deit"]) + rc.control_claims(models=["deit"])[-2:], 3, 80), (rc.background_claims(), as_run, 60), (rc.text_claims(), as_run, 80), (rc.token_claims(), as_run, 120), (rc.kernel_claims(), as_run, 100), (rc.convit_claims(), as_run, 60),
+], ids=["a network, three seeds", "table 1", "beside the tables", "table 6", "table 7", "table 2"])
+def test_without_an_effect_a_page_rarely_says_anything(claims, seeds, pages):
+    "In the seeds really used; *no less* is true of equals and no false word."
+    false = [claim for claim in claims if claim.expect != "no less"]
+    assert share_of_pages(false, lambda *place: 0.5, ["seen", "contradicted"], pages=pages, seeds=seeds) <= 0.05
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -19,8 +19,8 @@ from patchmix_repro import store
 from patchmix_repro.claims import load_battery, verdicts
 from patchmix_repro.config import run_id, train_config
 from patchmix_repro.core import InputError, project_root
-from patchmix_repro.home import FOUND, evidence_lines, found
-from patchmix_repro.page_claims import drop_claims, replacement_claims, selectivity_claims
+from patchmix_repro.home import FOUND, card_figure, evidence_lines, found
+from patchmix_repro.page_claims import PAGE_CLAIMS, drop_claims, replacement_claims, selectivity_claims
 from patchmix_repro.remarks import as_measured, left_open, needed, remarks
 from patchmix_repro.remixer_tables import as_published
 from patchmix_repro.stats import compare_seeds, equivalence, seeds_needed
@@ -43,7 +43,7 @@ def test_every_claim_once_and_every_page_in_its_order(card):
     claims = [(page, asked.paper, claim) for page, asked in rc.PAGES.items() for claim in asked.claims()]
     expected = [(page, claim.text) for paper in rc.PAPERS for page, whose, claim in claims if paper == ("ours" if claim.ours else whose)]
     pages = [*rc.PAGES, "selectivity_robustness"]
-    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 181
+    assert not card.duplicated(["page", "claim"]).any() and set(card.page) == set(pages) and len(expected) == 195
     mine = card[card.page.ne("selectivity_robustness") & ~card.claim.isin(rc.not_at_hand(project_root() / "results").claim)]
     assert [*zip(mine.page, mine.claim)] == expected
     ours = card[card.paper.eq("ours")]
@@ -75,7 +75,7 @@ def test_the_card_says_what_the_page_says_or_why_not(page):
         word = rc.VERDICTS[said[row.claim]][0]
         assert row.verdict == word or row.verdict == "not testable here" and row.reason, (row.claim, row.verdict, word)
         taken_back = word in ("seen", "contradicted") and row.verdict == "not testable here"
-        assert taken_back == (word in ("seen", "contradicted") and any(words in row.reason for words in ("would pass", "it says little", "no gap to close"))), row.claim
+        assert taken_back == (word in ("seen", "contradicted") and any(words in row.reason for words in ("would pass", "it says little", "no gap to close", "ReMixer is off there"))), row.claim
 
 
 def test_known_effects_are_seen_and_known_opposites_contradicted(card):
@@ -131,19 +131,21 @@ def test_one_seed_is_not_decided(tmp_path):
     assert row.verdict == "not decided" and "two" in row.reason and np.isnan(row.low) and row.difference > 0 and row.command == ""
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_noise_alone_is_rarely_called_seen(seeds):
-    "Recipes of one law, 120 cards of a whole page: a false word in at most 5 % of them, and the simulation's error. That equals are equal is no false word."
-    claims, rng, wrong = replacement_claims(), np.random.default_rng(5), 0
-    places = dict.fromkeys((claim.curve, x) for claim in claims for x in (claim.x, claim.beyond) if x is not None)
+@pytest.mark.parametrize("page, seeds", [("replacement", 3), *((page, 5) for page in PAGE_CLAIMS)])
+def test_noise_alone_is_rarely_called_seen(page, seeds, cards=60):
+    "Recipes of one law, many cards of a whole page, the seeds really used: a false word of a family, older or later claims, in at most 5 % of them. That equals are equal is no false word."
+    claims, rng, wrong = PAGE_CLAIMS[page](), np.random.default_rng(5), np.zeros(2)
+    later = np.array([claim.later for claim in claims])
+    places = dict.fromkeys(("clean" if x == 0 else claim.curve, x) for claim in claims for x in ((claim.x, claim.beyond) if claim.x is not None else (20.0, 80.0)) if x is not None)
     recipes = dict.fromkeys(side for claim in claims for side in (claim.first, claim.second))
     rows = pd.DataFrame([(*recipe, seed, curve, x) for recipe in recipes for seed in range(seeds) for curve, x in places], columns=["model", "mixing", "train_seed", "curve", "x"])
     way = np.array([claim.expect in ("more", "less") for claim in claims])
-    assert way.sum() == 4 and len(claims) == 10
-    for _ in range(120):
-        table = verdicts(rows.assign(kept=rng.normal(0.5, 0.02, len(rows)), accuracy=0.5), claims)
-        wrong += (table.verdict.eq("contradicted") | table.verdict.eq("seen") & way).any()
-    assert wrong / 120 < 0.05 + 2 * (0.05 * 0.95 / 120) ** 0.5
+    for _ in range(cards):
+        table = verdicts(rows.assign(**{value: rng.normal(0.5, 0.02, len(rows)) for value in ("kept", "accuracy", "mass", "mean")}), claims)
+        assert table["p_value"].notna().all()
+        false = table.verdict.eq("contradicted") | table.verdict.eq("seen") & way
+        wrong += false[~later].any(), false[later].any()
+    assert (wrong <= 0.05 * cards).all(), wrong
 
 
 @pytest.mark.parametrize("low, high, published, words", [
@@ -157,7 +159,7 @@ def test_what_an_interval_leaves(low, high, published, words):
 def test_a_later_claim_moves_no_older_verdict(folder):
     rows, claims = load_battery(folder, "shapes9", "mini"), replacement_claims()
     older = [claim for claim in claims if not claim.later]
-    assert [claim.text.split(" within")[0] for claim in claims if claim.later] == ["ConvNeXt with Patch Mixing matches original Swin"] * 2
+    assert [claim.text.split(" within")[0] for claim in claims if claim.later] == ["ConvNeXt with Patch Mixing matches original Swin"] * 2 + ["Patch Mixing leaves Swin"] * 2
     pd.testing.assert_frame_equal(verdicts(rows, claims).iloc[: len(older)], verdicts(rows, older))
     row = rc.judge_page("replacement", folder, "shapes9", "mini").iloc[-1]
     assert row.reason.startswith("formulated after the numbers were seen")
@@ -191,7 +193,7 @@ def test_a_further_training_is_a_sibling_of_the_published_ones():
 
 
 def test_the_figure_has_a_square_a_claim(card):
-    figure, counts = rc.card_figure({"shapes9, mini": card, "again": card[card.paper.eq("ReMixer")]})
+    figure, counts = card_figure({"shapes9, mini": card, "again": card[card.paper.eq("ReMixer")]})
     assert counts.claims.sum() == len(card) + card.paper.eq("ReMixer").sum() == sum(len(axis.patches) for axis in figure.axes)
     plt.close(figure)
 

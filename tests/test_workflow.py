@@ -59,7 +59,7 @@ def test_more_seeds_keep_what_is_there():
     assert {name for name, step in one.items() if step.kind not in ("page",)} <= set(three)
 
 
-@pytest.mark.parametrize("config, message", [({"seed": 1}, "did you mean 'seeds'"), ({"scale": "tiny"}, "unknown scale"), ({"seeds": "two"}, "allowed is int"), ({"seeds": 0}, "at least one seed"), ({"subset": "ful"}, "did you mean 'full'")])
+@pytest.mark.parametrize("config, message", [({"seed": 1}, "did you mean 'seeds'"), ({"scale": "tiny"}, "unknown scale"), ({"seeds": "two"}, "allowed is int"), ({"seeds": 0}, "at least one seed"), ({"subset": "ful"}, "did you mean 'full'"), ({"scale": "paper", "seeds": 3}, "paper with seeds. It plans"), ({"scale": "paper", "data": "shapes9", "subset": "full"}, "paper with data, subset.* leave them out")])
 def test_a_wrong_configuration_is_refused(config, message):
     with pytest.raises(InputError, match=message):
         sweep_of(config)
@@ -110,7 +110,8 @@ def test_a_dry_run_lists_the_steps(config, trainings):
     done = snakemake("-np" if trainings == 8 else "-n", "--config", *config, "folder=runs/never")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"^train\s+{trainings}$", done.stdout + done.stderr, re.MULTILINE)
-    assert f"{trainings} trainings see" in done.stderr and ("No speed of convnext:" in done.stderr) == ("scale=paper" in config)
+    assert f"{trainings} trainings see" in done.stderr and ("No speed of convnext:" in done.stderr) == ("not known: no speed" in done.stderr) == ("scale=paper" in config)
+    assert ("measured on cpu" in done.stderr and "not priced" in done.stderr) == ("scale=paper" not in config)
     assert not (ROOT / "runs" / "never").exists()
 
 
