@@ -2,11 +2,13 @@
 import os
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jupyter_client.connect import LocalPortCache
 
 ROOT = Path(__file__).resolve().parent
 
@@ -24,8 +26,24 @@ LAST_FILE = "test_figures.py"  # compares what the pages drew
 SKIPPED_CELL = re.compile(r"^#\|\s*(eval:\s*false|notest|slow|gpu)\b", re.MULTILINE)
 
 
+def own_ports(number):
+    "Kernels that begin at once in two processes may be given one port, and one of them dies: each process takes its own range, below the system's."
+    def find_available_port(self, ip):
+        for port in range(20000 + 1000 * (number % 12), 21000 + 1000 * (number % 12)):
+            if port not in self.currently_used_ports:
+                with socket.socket() as free:
+                    if not free.connect_ex((ip, port)):
+                        continue  # somebody listens there
+                self.currently_used_ports.add(port)
+                return port
+        raise OSError(f"no port is free in the range of process {number}")
+
+    LocalPortCache.find_available_port = find_available_port
+
+
 def pytest_configure(config):
-    "One folder for the figures of all processes."
+    "One folder for the figures of all processes, and ports for each one's kernels."
+    own_ports(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
     if not hasattr(config, "workerinput"):
         os.environ["PATCHMIX_DRAWN"] = tempfile.mkdtemp(prefix="drawn-")
 

@@ -74,7 +74,7 @@ FOUND = [  # sentence with places for the measured numbers, and the first publis
     ("**ReMixer beside other biases**, with class maps on DeiT: behind relative positions (CoAtNet's bias) by {0} on the test images and {1} before a random background; ahead of ConViT by {2} and {3}, not decided. The paper has it ahead of both.", [
         *(("shapes9", "remixer_text", f"DeiT remixer dense: {variant} higher than relative bias (as CoAtNet) plain", "contradicted") for variant in ("Original", "Mixed-Rand")),
         *(("shapes9", "remixer_convit", f"DeiT remixer dense: {variant} higher than ConViT plain", "not decided, positive") for variant in ("Original", "Mixed-Rand"))]),
-    ("**Shared kernels** change ConvMixer's accuracy on shapes9 by {0}, in the paper by {published}. There ReMixer makes up for it; here, with class maps, it stays behind ConvMixer with kernels of its own: {1} on the test images, {2} before a random background.", [
+    ("**Shared kernels**: they change ConvMixer's accuracy on shapes9 by {0}, in the paper by {published}. There ReMixer makes up for it; here, with class maps, it stays behind ConvMixer with kernels of its own: {1} on the test images, {2} before a random background.", [
         ("shapes9", "remixer_kernels", "ConvMixer: shared kernels cost accuracy (Original)", "seen"),
         *(("shapes9", "remixer_kernels", f"ConvMixer remixer dense: {variant} no less than ConvMixer-Full, margin 0.01", "contradicted") for variant in ("Original", "Mixed-Rand"))]),
 ]
