@@ -87,7 +87,7 @@ def seen_of_remixer(
     mine = [row["claim"] for row in rows if row["paper"] == "ReMixer" and row["verdict"] == "seen"]
     kappa = [claim for claim in mine if "kappa of quarter 1 above" in claim]
     falls = [f"kappa lies higher in the first quarter of the layers than in later ones ({', '.join(dict.fromkeys(claim.partition(' remixer')[0] for claim in kappa))})"] * bool(kappa)
-    gains = [claim for claim in mine if re.match(r"(\S+) remixer (mask|dense): .* (higher|lower) than \1 plain$", claim)]
+    gains = [claim for claim in mine if re.match(r"(\S+) remixer \w+: .* (higher|lower) than \1 plain$", claim)]
     rest = [f"\"{claim}\"" for claim in mine if claim not in kappa]
     return [f"**Seen of ReMixer**: {'; '.join(falls + rest)}. {'Of its gains over the same network without it, ' + str(len(gains)) if gains else 'No gain over the same network without it'} is among them."] * bool(mine)
 
@@ -102,7 +102,7 @@ def found(
         if all(row is not None and need[3] in (row["verdict"], f"{row['verdict']}, positive" * (row["difference"] > 0)) for row, need in zip(mine, needs, strict=True)):
             numbers = [f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for row in mine]
             said.append(sentence.format(*numbers, published=" and ".join(f"{mine[0][name]:+.3f}" for name in ("published", "published S") if mine[0][name] == mine[0][name])))
-    return said + seen_of_remixer(rows.values())
+    return said + seen_of_remixer(row for (title, *_), row in rows.items() if title.endswith(", mini"))
 
 # %% ../nbs/15m_home.ipynb #64858c15
 def in_short(

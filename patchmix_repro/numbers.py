@@ -51,7 +51,7 @@ def remixer_values(
     "Accuracies before other backgrounds and on shifted sets, their gaps, and kappa by quarter, one row a run and variant."
     runs = select(remixer_runs(folder), data, scale, at_hand(["mask", "dense"], data))
     rows = with_differences(runs[runs["kind"].ne("relevance")]) if len(runs) else runs
-    kappa = judged_quarters(kappa_quarters(kappa_runs(folder), data, scale)) if len(runs) else pd.DataFrame(columns=["model", "recipe", "seed", "variant", "kappa"])
+    kappa = judged_quarters(kappa_quarters(kappa_runs(folder), data, scale, at_hand(["mask", "dense"], data))) if len(runs) else pd.DataFrame(columns=["model", "recipe", "seed", "variant", "kappa"])
     parts = [rows.assign(metric="accuracy").rename(columns={"accuracy": "value"}), kappa.assign(metric="kappa").rename(columns={"kappa": "value"})]
     parts = [part.rename(columns={"recipe": "training", "variant": "condition"}).assign(tested="").reindex(columns=COLUMNS) for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)

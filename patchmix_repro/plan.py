@@ -22,7 +22,7 @@ from .config import run_id, train_config
 from .core import InputError, choose, stable_hash
 from .names import DATA, IMAGE_SIZE, SHIFTED
 from .parameters import settle
-from .remixer_claims import STAND_IN, at_hand, relabelled
+from .remixer_claims import STAND_IN, at_hand, claims_at_hand
 from .remixer_tables import as_published
 from .report_card import MEASURED_BY, PAGES, trained_by
 
@@ -100,7 +100,7 @@ def recipes_of(
     "The trainings behind a page's claims."
     models, recipes, *_ = SUBSETS[choose("subset", subset, list(SUBSETS))]
     claims = PAGES[page].claims()
-    sides = {side: mine for claim, has in zip(claims, relabelled(claims, data)) for side, mine in ((claim.first, has.first), (claim.second, has.second)) if side[1] != "nothing"}
+    sides = {side: mine for claim, has in zip(claims, claims_at_hand(claims, data)) for side, mine in ((claim.first, has.first), (claim.second, has.second)) if side[1] != "nothing"}
     return [mine for (model, recipe), mine in sides.items() if (models is None or model in models) and (recipes is None or recipe in recipes)]
 
 # %% ../nbs/16_plan.ipynb #9fa12d94

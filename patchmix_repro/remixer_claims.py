@@ -6,7 +6,7 @@
 __all__ = ['PAPER_ROWS', 'PAPER_LABELLERS', 'PAPER_SETS', 'WAY', 'WORDS', 'NEAR_ZERO', 'STAND_IN', 'CONTROL_MARGINS', 'paper_row',
            'paper_value', 'paper_difference', 'compare', 'background_claims', 'convit_claims', 'kappa_claims',
            'kappa_quarters', 'judged_quarters', 'shifted_claims', 'token_claims', 'kernel_claims', 'at_hand',
-           'relabelled', 'appendix_claims', 'control_claims', 'map_claims', 'text_claims', 'remixer_verdicts',
+           'claims_at_hand', 'appendix_claims', 'control_claims', 'map_claims', 'text_claims', 'remixer_verdicts',
            'remixer_verdict_table']
 
 # %% ../nbs/14e_remixer_claims.ipynb #fc032214
@@ -195,7 +195,7 @@ def at_hand(
     return [STAND_IN.get(data, {}).get(label, label) for label in labels]
 
 # %% ../nbs/14e_remixer_claims.ipynb #f5d229b6
-def relabelled(
+def claims_at_hand(
     claims: Sequence[Claim],  # of a page
     data: str,  # data set of the trainings
 ) -> list[Claim]:  # the same ones where the data set lacks no labels

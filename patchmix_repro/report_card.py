@@ -22,7 +22,7 @@ from .core import choose
 from .page_claims import PAGE_CLAIMS
 from .ranks import correlations, load_selectivity, robustness
 from patchmix_repro.remixer_claims import (
-    appendix_claims, at_hand, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, relabelled, remixer_verdicts, shifted_claims, STAND_IN, text_claims, token_claims,
+    appendix_claims, at_hand, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, claims_at_hand, remixer_verdicts, shifted_claims, STAND_IN, text_claims, token_claims,
 )
 from .remarks import as_measured, left_open, needed, remarks, told_twice
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
@@ -202,7 +202,7 @@ def judge_page(
 ) -> pd.DataFrame:  # `COLUMNS`, one row a claim
     "The rows of one page."
     asked = choose("page", page, PAGES)
-    rows, claims = asked.rows(folder, data, scale), relabelled(asked.claims(), data)
+    rows, claims = asked.rows(folder, data, scale), claims_at_hand(asked.claims(), data)
     table = asked.judge(rows, claims).to_dict("records")
     asks = [(row["p_holm"] == row["p_holm"]) + (row["p_same_holm"] == row["p_same_holm"]) + (row["verdict"] == "two seeds") * (1 + (claim.expect == "same")) for claim, row in zip(claims, table, strict=True)]
     questions = lambda claim: sum(asked for other, asked in zip(claims, asks) if other.later == claim.later)

@@ -4,6 +4,7 @@ import configparser
 import importlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client.connect import LocalPortCache
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -174,6 +176,12 @@ def test_cleaning_keeps_the_parameters_tag(exported_again):
 
 
 # ---- library ----
+
+def test_each_test_process_gives_its_kernels_ports_of_its_own():
+    number, cache = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")), LocalPortCache()
+    ports = [cache.find_available_port("127.0.0.1") for _ in range(5)]
+    assert len(set(ports)) == 5 and {port // 1000 for port in ports} == {20 + number % 12}
+
 
 def test_the_library_needs_no_notebook_tools():
     tools = ["IPython", "ipykernel", "ipywidgets", "jupyter_client", "jupyter_core", "jupyterlab", "nbclient", "nbformat"]

@@ -266,5 +266,6 @@ def test_sentences_need_their_verdicts_their_intervals_and_their_scale():
     begins = {sentence.partition(":")[0] for sentence, _ in FOUND}
     assert begins <= {sentence.partition(":")[0] for sentence in said}
     assert not begins & {sentence.partition(":")[0] for sentence in found({title.replace("mini", "small"): card for title, card in cards.items()})}
+    assert found({title.replace("mini", "small"): card for title, card in cards.items()}) == []
     alone = {title: card.assign(low=np.nan, high=np.nan) for title, card in cards.items()}
     assert found(alone) == []
