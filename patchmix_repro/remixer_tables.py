@@ -114,7 +114,7 @@ def gain_figure(
             for j, variant in enumerate(variants):
                 _gain_panel(axes[i, j], rows[rows["model"].eq(model) & rows["variant"].eq(variant)], names)
                 axes[0, j].set_title(VARIANTS.get(variant, variant) + "\n(lower is better)" * (WAY.get(variant) == "less"), fontsize=8)
-            axes[i, 0].set_ylabel(NAMES[model].replace("-Full", "-\nFull"), fontsize=8)  # in the height of two rows
+            axes[i, 0].set_ylabel(NAMES[model].replace("-Full", "-\nFull").replace(" bias (", " bias\n("), fontsize=8)  # in the height of two rows
         figure.supxlabel(f"gain over the baseline, points: dot measured, cross printed. {title}", fontsize=8)
     said = rows[rows["gain"].notna()]
     words = "; ".join(f"{NAMES[row.model]} {row.recipe}, {row.variant}: {100 * row.gain:+.1f}" for row in said.itertuples()) or "nothing measured yet"
