@@ -22,6 +22,7 @@ from .config import run_id, train_config
 from .core import InputError, choose, stable_hash
 from .names import DATA, IMAGE_SIZE, SHIFTED
 from .parameters import settle
+from .provenance import bfloat16_on_cpu
 from .remixer_claims import STAND_IN, at_hand, claims_at_hand
 from .remixer_tables import as_published
 from .report_card import MEASURED_BY, PAGES, trained_by
@@ -57,7 +58,7 @@ class Sweep:
     seeds: int = 1  # trainings a recipe
     first: int = 0  # the first seed
     subset: str = "listed"  # of SUBSETS
-    precision: str = "bfloat16"  # of the trainings: "bfloat16" (CPUs since about 2021, GPUs), "float32", "auto"
+    precision: str = "bfloat16"  # of the trainings: "bfloat16", "float32", or "auto": bfloat16 on a GPU that has it; at mini `sweep_of` asks the CPU
     folder: str = "runs/sweep"  # where everything goes
     root: str | None = None  # where the data lies; None: PATCHMIX_DATA, then data/
 
@@ -71,7 +72,7 @@ class Sweep:
 def sweep_of(
     config: dict,  # Snakemake's: what stands behind --config
 ) -> Sweep:
-    "The sweep of a configuration; a misspelt name or an impossible value is an `InputError`."
+    "The sweep of a configuration; a misspelt name or an impossible value is an `InputError`. At mini it trains in float32 where the CPU has no instructions for bfloat16."
     hints = {field.name: field.type for field in dataclasses.fields(Sweep)}
     for name in config:
         choose("config", name, list(hints))
@@ -80,6 +81,8 @@ def sweep_of(
         given["data"] = "imagenet9"
     if given.get("scale") == "paper" and (wrong := [name for name in ("data", "subset", "seeds") if name in config]):
         raise InputError(f"scale=paper with {', '.join(wrong)}. It plans both papers' trainings, one seed each, on ImageNet and ImageNet-9; leave {'it' if len(wrong) == 1 else 'them'} out, or give first= for another seed.")
+    if given.get("scale", "mini") == "mini" and "precision" not in given:
+        given["precision"] = "bfloat16" if bfloat16_on_cpu() else "float32"
     return Sweep(**given)
 
 # %% ../nbs/16_plan.ipynb #3d7ac229

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import random
 import shutil
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from timm.utils import ModelEmaV3
 from .config import NEUTRAL, TrainConfig, identity
 from .core import CheckpointError, InputError, NonFiniteError, StoreError, atomic_folder, keyed_seed
 from .models import create_model, plain_attention
+from .provenance import bfloat16_on_cpu
 from .remixer import parameter_groups, remix
 from .token_labeling import TokenLabeling
 
@@ -72,6 +74,8 @@ def build(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if accelerator.device.type == "cpu" and dtype_of(config, accelerator.device):
         plain_attention(model)
+        if not bfloat16_on_cpu():
+            warnings.warn("this CPU has no instructions for bfloat16: training takes about ten times as long as in float32. Stop it and set precision to float32.", stacklevel=2)
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     groups = parameter_groups(model, config.weight_decay, config.kappa_lr) if config.remixer else model
     optimizer = create_optimizer_v2(groups, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)

@@ -340,3 +340,10 @@ def test_two_processes_are_one_run(photos, tmp_path):
         first, second = (m["history"][0] for m in metas)
         assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
         assert first["val_loss"] == pytest.approx(second["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("able", "precision", "warned"), [(False, "bfloat16", True), (True, "bfloat16", False), (False, "float32", False), (False, "auto", False)])
+def test_bfloat16_that_a_cpu_imitates_is_announced(monkeypatch, recwarn, able, precision, warned):
+    monkeypatch.setattr("patchmix_repro.state.bfloat16_on_cpu", lambda: able)
+    state.build(train_config(model="mixer", device="cpu", precision=precision), 9, 10, Accelerator(cpu=True))
+    assert any("ten times as long" in str(note.message) for note in recwarn) == warned

@@ -26,8 +26,8 @@ SNAKEMAKE = [sys.executable, "-m", "snakemake"]
 needs_snakemake = pytest.mark.skipif(importlib.util.find_spec("snakemake") is None, reason="snakemake is not installed; the extra 'sweep' brings it")
 
 
-def snakemake(*arguments, cwd=ROOT):
-    return subprocess.run([*SNAKEMAKE, *arguments], cwd=cwd, capture_output=True, text=True, timeout=800)
+def snakemake(*arguments, cwd=ROOT, **environment):
+    return subprocess.run([*SNAKEMAKE, *arguments], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=800)
 
 
 @given(st.sampled_from(list(SUBSETS)), st.integers(0, 3), st.integers(1, 2), st.sampled_from(["mini", "small"]))
@@ -57,6 +57,22 @@ def test_one_folder_never_serves_two_sweeps():
 def test_more_seeds_keep_what_is_there():
     one, three = steps_of(Sweep(seeds=1)), steps_of(Sweep(seeds=3))
     assert {name for name, step in one.items() if step.kind not in ("page",)} <= set(three)
+
+
+@pytest.mark.parametrize(("able", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_a_sweep_at_mini_trains_as_its_cpu_can(monkeypatch, able, chosen):
+    monkeypatch.setattr("patchmix_repro.plan.bfloat16_on_cpu", lambda: able)
+    assert sweep_of({"scale": "mini"}).precision == sweep_of({}).precision == chosen
+    assert sweep_of({"scale": "small"}).precision == sweep_of({"precision": "bfloat16"}).precision == "bfloat16"
+    assert sweep_of({"precision": "float32"}).precision == "float32"
+
+
+@needs_snakemake
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_job_keeps_the_precision_of_the_machine_that_started_the_sweep(precision):
+    found = snakemake("-n", "--config", "subset=smoke", PATCHMIX_PRECISION=precision)
+    named = "shapes9-mini-smoke-s0/" if precision == "bfloat16" else "shapes9-mini-smoke-s0-float32/"
+    assert found.returncode == 0 and named in found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("config, message", [({"seed": 1}, "did you mean 'seeds'"), ({"scale": "tiny"}, "unknown scale"), ({"seeds": "two"}, "allowed is int"), ({"seeds": 0}, "at least one seed"), ({"subset": "ful"}, "did you mean 'full'"), ({"scale": "paper", "seeds": 3}, "paper with seeds. It plans"), ({"scale": "paper", "data": "shapes9", "subset": "full"}, "paper with data, subset.* leave them out")])
@@ -182,5 +198,6 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path):
         assert (page.parent / link).exists(), f"{page.name}: {link}"
     third = snakemake(*arguments, cwd=graph)
     assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr
-    other = snakemake("-n", *arguments, "precision=float32", cwd=graph)
+    unlike = {"bfloat16": "float32", "float32": "bfloat16"}[sweep_of({}).precision]
+    other = snakemake("-n", *arguments, f"precision={unlike}", cwd=graph)
     assert re.search(r"^train\s+2$", other.stdout + other.stderr, re.MULTILINE), "another parameter runs again what depends on it"
