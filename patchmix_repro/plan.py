@@ -23,7 +23,7 @@ from .core import InputError, choose, stable_hash
 from .names import DATA, IMAGE_SIZE, SHIFTED
 from .parameters import settle
 from .provenance import bfloat16_on_cpu
-from .remixer_claims import STAND_IN, at_hand, claims_at_hand
+from .remixer_claims import STAND_IN, at_hand, can_label, claims_at_hand
 from .remixer_tables import as_published
 from .report_card import MEASURED_BY, PAGES, trained_by
 
@@ -103,7 +103,7 @@ def recipes_of(
     "The trainings behind a page's claims."
     models, recipes, *_ = SUBSETS[choose("subset", subset, list(SUBSETS))]
     claims = PAGES[page].claims()
-    sides = {side: mine for claim, has in zip(claims, claims_at_hand(claims, data)) for side, mine in ((claim.first, has.first), (claim.second, has.second)) if side[1] != "nothing"}
+    sides = {side: mine for claim, has in zip(claims, claims_at_hand(claims, data)) for side, mine in ((claim.first, has.first), (claim.second, has.second)) if side[1] != "nothing" and can_label(mine[1], data)}
     return [mine for (model, recipe), mine in sides.items() if (models is None or model in models) and (recipes is None or recipe in recipes)]
 
 # %% ../nbs/16_plan.ipynb #9fa12d94

@@ -6,8 +6,8 @@
 __all__ = ['PAPER_ROWS', 'PAPER_LABELLERS', 'PAPER_SETS', 'WAY', 'WORDS', 'NEAR_ZERO', 'STAND_IN', 'CONTROL_MARGINS', 'paper_row',
            'paper_value', 'paper_difference', 'compare', 'background_claims', 'convit_claims', 'kappa_claims',
            'kappa_quarters', 'judged_quarters', 'shifted_claims', 'token_claims', 'kernel_claims', 'at_hand',
-           'claims_at_hand', 'appendix_claims', 'control_claims', 'map_claims', 'text_claims', 'remixer_verdicts',
-           'remixer_verdict_table']
+           'claims_at_hand', 'can_label', 'appendix_claims', 'control_claims', 'map_claims', 'text_claims',
+           'remixer_verdicts', 'remixer_verdict_table']
 
 # %% ../nbs/14e_remixer_claims.ipynb #fc032214
 from collections.abc import Sequence
@@ -207,6 +207,14 @@ def claims_at_hand(
 
     side = lambda recipe: (recipe[0], named(recipe[1]))
     return [replace(claim, text=named(claim.text), first=side(claim.first), second=side(claim.second)) for claim in claims]
+
+# %% ../nbs/14e_remixer_claims.ipynb #7c631e05
+def can_label(
+    recipe: str,  # of ReMixer
+    data: str,  # data set of the training
+) -> bool:
+    "Whether the data set has what a recipe's labels start from."
+    return not (data in STAND_IN and "grabcut" in recipe)
 
 # %% ../nbs/14e_remixer_claims.ipynb #2bb3eb2d
 def appendix_claims(

@@ -22,7 +22,7 @@ from .core import choose
 from .page_claims import PAGE_CLAIMS
 from .ranks import correlations, load_selectivity, robustness
 from patchmix_repro.remixer_claims import (
-    appendix_claims, at_hand, background_claims, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, claims_at_hand, remixer_verdicts, shifted_claims, STAND_IN, text_claims, token_claims,
+    appendix_claims, at_hand, background_claims, can_label, control_claims, convit_claims, judged_quarters, kappa_claims, kappa_quarters, kernel_claims, map_claims, claims_at_hand, remixer_verdicts, shifted_claims, STAND_IN, text_claims, token_claims,
 )
 from .remarks import as_measured, left_open, needed, remarks, told_twice
 from .remixer_records import kappa_runs, remixer_runs, select, with_differences
@@ -150,8 +150,10 @@ def _runs(rows, claim):
 def _elsewhere(page, runs, recipes, data):
     "Why no run of this data set and scale can answer a claim, and what could; empty where one can."
     if page == "remixer_shifted" and data != "imagenet9":
-        lines = [line for model, name in recipes for line in run_commands((model, name.replace("mask", "saliency")), "imagenet9", "small", page)]
+        lines = [line for model, name in recipes for line in run_commands((model, name.replace("mask", STAND_IN["imagenet9"]["mask"])), "imagenet9", "small", page)]
         return {"verdict": "not testable here", "reason": "needs the paper's shifted sets, whose classes are ImageNet-9's", "command": "\n".join(dict.fromkeys(lines))}
+    if not all(can_label(name, data) for _, name in recipes):
+        return {"verdict": "not testable here", "reason": f"GrabCut starts from boxes around masks, which {data} lacks", "command": ""}
     if page == "remixer_maps" and data in STAND_IN:
         return {"verdict": "not testable here", "reason": f"needs masks of the objects, which {data} lacks", "command": ""}
     if page == "remixer_kappa" and runs:

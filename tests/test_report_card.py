@@ -99,6 +99,8 @@ def test_the_card_of_imagenet9_is_about_the_labels_it_has():
     assert not mine["command"].str.contains("labels mask|shuffled:mask").any() and mine["command"].str.contains("-p labels saliency").any()
     maps = mine[mine["page"].eq("remixer_maps") & mine["claim"].str.contains("saliency")]
     assert len(maps) and set(maps["verdict"]) == {"not testable here"} and maps["reason"].str.contains("masks of the objects").all()
+    boxes = mine[mine["claim"].str.contains("grabcut")]
+    assert len(boxes) and set(boxes["verdict"]) == {"not testable here"} and boxes["reason"].str.contains("boxes around masks").all()
 
 
 def test_more_questions_ask_for_more_seeds():
