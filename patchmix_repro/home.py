@@ -48,19 +48,19 @@ def headlines(
         for row, key in ((words.iloc[known[key]], key) for key in rows if key in known):
             if row["measured"] == "–":
                 continue
-            said = "".join(f"; {more}" for more in row["more"].split("; ") if more.startswith(("excludes", "5 %", "the published numbers")))
+            said = "".join(f"; {more}" for more in row["more"].split("; ") if more.startswith(("excludes", "5 %", "the published numbers", "smaller than", "by itself", "the original Swin")))
             lines.append(f"| {sentence} | [{key[1]}]({base}{key[0]}.ipynb) | {row['published']} | {row['measured']} | {row['seeds']} | *{row['verdict']}*{said} |")
             sentence = ""
     return "\n".join(["| the papers say | tested as | published | measured | seeds | verdict |", "|---|---|---|---|---|---|", *lines]) + "\n" if lines else ""
 
 # %% ../nbs/15m_home.ipynb #4cf7b1e3
-FOUND = [  # sentence with places for the measured numbers, and the first published ones; data, page and claim that it rests on, verdict and, where it counts, sign
-    ("**Transformers against a CNN**: it depends. On shapes9 Swin keeps less of its accuracy than ConvNeXt where patches of a 14 x 14 grid are replaced ({0}) or most are dropped ({1}), more on a 7 x 7 grid ({2}) and more where cells are shuffled ({3}); DeiT, on both grids, is not decided there ({4}; {5}) and keeps more on caltech9 ({6}; {7}).", [
-        ("shapes9", "originals", "Original Swin keeps more than original ConvNeXt at 50 % (14 x 14)", "contradicted"), ("shapes9", "drop", "Original Swin keeps more than original ConvNeXt at 80 %", "contradicted"), ("shapes9", "originals", "Original Swin keeps more than original ConvNeXt at 50 % (7 x 7)", "seen"),
+FOUND = [  # sentence with places for the measured numbers, and the first published ones; data, page and claim that it rests on, verdict and, where it counts, sign, and words of the reason
+    ("**Transformers against a CNN**: it depends on the share, the grid and the data. On shapes9, with 10 to 40 % of the patches replaced, Swin and DeiT keep less of their accuracy than ConvNeXt, on both grids. At 50 % Swin keeps less on the 14 x 14 grid ({0}) and more on the 7 x 7 grid ({2}); DeiT is not decided ({4}; {5}). Where patches are dropped, Swin keeps less ({1} at 80 %); where cells are shuffled, more ({3} of 196). On caltech9 DeiT keeps more at 50 % ({6}; {7}), and less at 10 to 30 % on the 14 x 14 grid.", [
+        ("shapes9", "originals", "Original Swin keeps more than original ConvNeXt at 50 % (14 x 14)", "contradicted"), ("shapes9", "drop", "Original Swin keeps more than original ConvNeXt at 80 %", "contradicted"), ("shapes9", "originals", "Original Swin keeps more than original ConvNeXt at 50 % (7 x 7)", "seen", "below zero at 10, 20, 30, 40 %"),
         ("shapes9", "permutation", "Original Swin keeps more than original ConvNeXt at 196 cells", "seen"),
-        ("shapes9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (14 x 14)", "not decided"), ("shapes9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (7 x 7)", "not decided"),
-        ("caltech9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (14 x 14)", "seen"), ("caltech9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (7 x 7)", "seen")]),
-    ("**Patch Mixing on ConvNeXt**: no gain is seen, on no curve and in no map. What ConvNeXt keeps at 50 % replaced changes by {0} on shapes9 (14 x 14 grid), where it is not behind Swin to begin with. Where it is behind and there is room for a gain, it changes by {2} on the 7 x 7 grid and {3} of shuffled cells, and by {1} on caltech9. In the project page's plots for ImageNet the first is {published}.", [
+        ("shapes9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (14 x 14)", "not decided", "below zero at 10, 20, 30, 40 %"), ("shapes9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (7 x 7)", "not decided", "below zero at 10, 20, 30, 40 %"),
+        ("caltech9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (14 x 14)", "seen", "below zero at 10, 20, 30 %"), ("caltech9", "originals", "Original DeiT keeps more than original ConvNeXt at 50 % (7 x 7)", "seen")]),
+    ("**Patch Mixing on ConvNeXt**: no gain is seen, on no curve and in no map. What ConvNeXt keeps at 50 % replaced changes by {0} on shapes9 (14 x 14 grid), where it is not behind Swin to begin with. Where it is behind a transformer at the share in question, there is room for a gain: it changes by {2} at 50 % of the 7 x 7 grid, by {3} of 196 shuffled cells, and by {1} at 50 % on caltech9 (14 x 14). In the project page's plots for ImageNet the first is {published}.", [
         ("shapes9", "replacement", "Patch Mixing: ConvNeXt keeps more at 50 % (14 x 14)", "not decided"), ("caltech9", "replacement", "Patch Mixing: ConvNeXt keeps more at 50 % (14 x 14)", "not decided"),
         *((data, page, claim, "not decided") for data in ("shapes9", "caltech9") for page, claim in (
             ("replacement", "Patch Mixing: ConvNeXt keeps more at 50 % (7 x 7)"), ("permutation", "Patch Mixing: ConvNeXt keeps more of 196 shuffled cells"), ("drop", "Patch Mixing: ConvNeXt keeps more at 80 %"),
@@ -71,12 +71,12 @@ FOUND = [  # sentence with places for the measured numbers, and the first publis
         ("shapes9", "remixer_backgrounds", f"{network} remixer mask: {variant} higher than {network} plain", "not decided, positive") for variant in ("Mixed-Rand", "Original") for network in ("DeiT", "MLP-Mixer", "ConvMixer")]),
     ("**ReMixer with class maps** of a classifier that learnt from the same data, where the paper's learnt from more: before a random background {0}, {1} and {2}, not decided.", [
         ("shapes9", "remixer_backgrounds", f"{network} remixer dense: Mixed-Rand higher than {network} plain", "not decided") for network in ("DeiT", "MLP-Mixer", "ConvMixer")]),
-    ("**ReMixer beside other biases**, with class maps on DeiT: behind relative positions (CoAtNet's bias) by {0} on the test images and {1} before a random background; ahead of ConViT by {2} and {3}, not decided. The paper has it ahead of both.", [
-        *(("shapes9", "remixer_text", f"DeiT remixer dense: {variant} higher than relative bias (as CoAtNet) plain", "contradicted") for variant in ("Original", "Mixed-Rand")),
-        *(("shapes9", "remixer_convit", f"DeiT remixer dense: {variant} higher than ConViT plain", "not decided, positive") for variant in ("Original", "Mixed-Rand"))]),
-    ("**Shared kernels**: they change ConvMixer's accuracy on shapes9 by {0}, in the paper by {published}. There ReMixer makes up for it; here, with class maps, it stays behind ConvMixer with kernels of its own: {1} on the test images, {2} before a random background.", [
+    ("**ReMixer beside other biases**, with class maps on DeiT: behind relative positions (CoAtNet's bias) by {0} on the test images and {1} before a random background; ahead of ConViT by {2} and {3}, not decided. The plain DeiT is as far behind ({plain[0]}, {plain[1]}) and ahead ({plain[2]}, {plain[3]}): the class maps add next to nothing. The paper has ReMixer ahead of both.", [
+        *(("shapes9", "remixer_text", f"DeiT remixer dense: {variant} higher than relative bias (as CoAtNet) plain", "contradicted", "the plain networks differ") for variant in ("Original", "Mixed-Rand")),
+        *(("shapes9", "remixer_convit", f"DeiT remixer dense: {variant} higher than ConViT plain", "not decided, positive", "the plain networks differ") for variant in ("Original", "Mixed-Rand"))]),
+    ("**Shared kernels**: they change ConvMixer's accuracy on shapes9 by {0}, in the paper by {published}. There ReMixer makes up for it; here, with class maps, it stays as far behind ConvMixer with kernels of its own as without: {1} on the test images (plain: {plain[1]}), {2} before a random background ({plain[2]}).", [
         ("shapes9", "remixer_kernels", "ConvMixer: shared kernels cost accuracy (Original)", "seen"),
-        *(("shapes9", "remixer_kernels", f"ConvMixer remixer dense: {variant} no less than ConvMixer-Full, margin 0.01", "contradicted") for variant in ("Original", "Mixed-Rand"))]),
+        *(("shapes9", "remixer_kernels", f"ConvMixer remixer dense: {variant} no less than ConvMixer-Full, margin 0.01", "contradicted", "the plain networks differ") for variant in ("Original", "Mixed-Rand"))]),
 ]
 
 # %% ../nbs/15m_home.ipynb #a81d2c33
@@ -86,7 +86,8 @@ def seen_of_remixer(
     "What is seen of ReMixer's claims, and whether a gain over the same network without it is among them."
     mine = [row["claim"] for row in rows if row["paper"] == "ReMixer" and row["verdict"] == "seen"]
     kappa = [claim for claim in mine if "kappa of quarter 1 above" in claim]
-    falls = [f"kappa lies higher in the first quarter of the layers than in later ones ({', '.join(dict.fromkeys(claim.partition(' remixer')[0] for claim in kappa))})"] * bool(kappa)
+    later = {name: [claim[-1] for claim in kappa if claim.startswith(f"{name} ")] for name in dict.fromkeys(claim.partition(" remixer")[0] for claim in kappa)}
+    falls = ["kappa is higher in the first quarter of the layers than in " + ", ".join(f"quarter{'s' * (len(found) > 1)} {' and '.join(sorted(found))} ({name})" for name, found in later.items())] * bool(kappa)
     gains = [claim for claim in mine if re.match(r"(\S+) remixer \w+: .* (higher|lower) than \1 plain$", claim)]
     rest = [f"\"{claim}\"" for claim in mine if claim not in kappa]
     return [f"**Seen of ReMixer**: {'; '.join(falls + rest)}. {'Of its gains over the same network without it, ' + str(len(gains)) if gains else 'No gain over the same network without it'} is among them."] * bool(mine)
@@ -99,9 +100,10 @@ def found(
     rows, said = {(title, row["page"], row["claim"]): row for title, card in cards.items() for row in card.to_dict("records") if row["low"] == row["low"]}, []
     for sentence, needs in FOUND:
         mine = [rows.get((f"{need[0]}, mini", *need[1:3])) for need in needs]
-        if all(row is not None and need[3] in (row["verdict"], f"{row['verdict']}, positive" * (row["difference"] > 0)) for row, need in zip(mine, needs, strict=True)):
+        if all(row is not None and need[3] in (row["verdict"], f"{row['verdict']}, positive" * (row["difference"] > 0)) and "".join(need[4:]) in row["reason"] for row, need in zip(mine, needs, strict=True)):
             numbers = [f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for row in mine]
-            said.append(sentence.format(*numbers, published=" and ".join(f"{mine[0][name]:+.3f}" for name in ("published", "published S") if mine[0][name] == mine[0][name])))
+            plain = [(re.findall(r"networks differ by (\S+) as", row["reason"]) or [""])[0] for row in mine]
+            said.append(sentence.format(*numbers, plain=plain, published=" and ".join(f"{mine[0][name]:+.3f}" for name in ("published", "published S") if mine[0][name] == mine[0][name])))
     return said + seen_of_remixer(row for (title, *_), row in rows.items() if title.endswith(", mini"))
 
 # %% ../nbs/15m_home.ipynb #64858c15

@@ -137,7 +137,7 @@ def kappa_figure(
             axis.set(title=NAMES[model], xlabel="depth", xlim=(0, 1))
         np.atleast_1d(axes)[0].set_ylabel("kappa")
     table = kappa.groupby(["model", "labels", "layer", "quarter"], sort=False)["kappa"].agg(mean="mean", low="min", high="max", seeds="count").reset_index()
-    words = "; ".join(f"{NAMES[model]}: {group['mean'].iloc[0]:.2f} in the first layer, {group['mean'].iloc[-1]:.2f} in the last" for model, group in table.groupby("model", sort=False))
+    words = "; ".join(f"{NAMES[model]} with {labels}: {group['mean'].iloc[0]:.2f} in the first layer, {group['mean'].iloc[-1]:.2f} in the last" for (model, labels), group in table.groupby(["model", "labels"], sort=False))
     figure.set_label(f"Kappa by depth, {title}. {words or 'Nothing measured yet; crosses are the paper.'}")
     return figure, table
 

@@ -186,7 +186,7 @@ def _row(name, page, claim, row, rows, data, scale):
         more, found["needed"], found["aim"] = _undecided(claim, row, sizes)
         said += more
     elif verdict in ("seen", "contradicted"):
-        said += [words for words in left_open(claim, row, *sizes) if words.startswith("excludes")]
+        said += [words for words in left_open(claim, row, *sizes) if words.startswith(("excludes", "smaller than"))]
     if verdict in ("seen", "contradicted") and any(words.endswith(TAKEN_BACK) for words in said) or verdict == "not decided" and any(words.endswith(TAKEN_BACK[-1]) for words in said):
         found |= {"verdict": "not testable here", "needed": None, "aim": ""}
     found |= {"reason": "; ".join(said), "command": ""}
