@@ -23,9 +23,10 @@ from .backgrounds import VARIANTS, background_gap, background_set, build_variant
 from .blocks import BLOCK, Block, block_order, condition_logits, decoded, device_of, forward_pass, normalization, within_memory
 from .core import CheckpointError, InputError, NonFiniteError, atomic_write, choose, stable_hash
 from .data import to_float
-from .evaluation import checked_map, first_batch_size, image_rows, in_eval_mode
+from .evaluation import checked_map, first_batch_size, image_rows
 from .files import FileSet, ImageSet
 from .label_sources import label_maps, patch_labels_of
+from .models import in_eval_mode
 from .occlusion import Clean
 from .parts import part_key
 from .stats import Interval, wilson

@@ -26,7 +26,7 @@ from .evaluation import compare, first_batch_size, summary
 from .files import SPLITS
 from .filing import measure_battery, note_of
 from .imagenet9 import in9_table
-from .models import PRETRAINED
+from .models import PRETRAINED, in_eval_mode
 from .networks import find_run, known_runs, load_model
 from .occluded import pccp, rod_map, score_rod
 from .occlusion import Clean
@@ -219,10 +219,11 @@ def rod_table(
 ) -> pd.DataFrame:  # index strict, synonyms, restricted; columns estimate, low, high, n
     "ROD by `score_rod`'s three rules, from one forward pass an image."
     device, blocks = device_of(network.model), block_order(len(dataset), seed, limit)
-    forward, size, found = forward_pass(network.model.eval(), *normalization(network.model), device), first_batch_size(batch_size, device), []
-    for block, _ in open_blocks(dataset, [(ids, (Clean(),)) for ids in blocks], {}, seed, workers):
-        logits, size = within_memory(partial(condition_logits, forward, block.to(device), Clean()), size, batch_size == "auto")
-        found.append(logits)
+    forward, size, found = forward_pass(network.model, *normalization(network.model), device), first_batch_size(batch_size, device), []
+    with in_eval_mode(network.model):
+        for block, _ in open_blocks(dataset, [(ids, (Clean(),)) for ids in blocks], {}, seed, workers):
+            logits, size = within_memory(partial(condition_logits, forward, block.to(device), Clean()), size, batch_size == "auto")
+            found.append(logits)
     return score_rod(torch.cat(found), dataset.labels[torch.cat(blocks)])
 
 # %% ../nbs/12b_battery.ipynb #6102d5c5

@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'block_order', 'decoded', 'maps_for', 'Block', 'open_block',
            'forward_pass', 'saliency_maps', 'condition_logits', 'within_memory']
 
 # %% ../nbs/11a_blocks.ipynb #cc7b2157
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .core import InputError, keyed_generator
 from .data import normalize, to_float
-from .models import batches_of
+from .models import batches_of, in_eval_mode
 from .occlusion import donor_ids
 
 # %% ../nbs/11a_blocks.ipynb #6f7d71c1
@@ -55,7 +55,7 @@ def decoded(
         yield from ((ids, dataset.images[ids]) for ids in blocks)
         return
     chunks = [part.tolist() for ids in blocks for part in ids.split(chunk)]
-    loader = iter(DataLoader(dataset, batch_sampler=chunks, num_workers=workers))
+    loader = iter(DataLoader(dataset, batch_sampler=chunks, num_workers=workers, generator=torch.Generator()))  # its own: the caller's draws stay
     for ids in blocks:
         yield ids, torch.cat([next(loader)[0] for _ in ids.split(chunk)])
 
@@ -128,7 +128,7 @@ def normalization(
     found = [known.get(name) if given is None else given for name, given in (("mean", mean), ("std", std))]
     if None in found:
         raise InputError(f"{type(model).__name__} does not say how its images are normalised. Pass mean= and std=, or set its pretrained_cfg as timm and load_model do.")
-    mean, std = (tuple(float(v) for v in values) for values in found)
+    mean, std = (tuple(map(float, values)) if isinstance(values, Iterable) and not isinstance(values, str) else (values,) for values in found)
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise InputError(f"mean {mean} and std {std} do not normalise RGB. Give three numbers each, std above 0.")
     return mean, std
@@ -146,11 +146,15 @@ def forward_pass(
     mean: tuple[float, ...],  # per channel
     std: tuple[float, ...],  # per channel
     device: torch.device,  # where the model lies
-    dtype: torch.dtype | None = None,  # autocast type; None for float32
+    dtype: torch.dtype | None = None,  # autocast type; None: that of the weights
 ) -> Callable:  # images b 3 h w in [0, 1] -> float32
     "From pictures to the network's answer, without gradient."
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype is {dtype!r}. Give torch.bfloat16 or torch.float16 for autocast, or None for the type of the weights.")
+    weights = next((p.dtype for p in getattr(model, "parameters", list)() if p.is_floating_point()), torch.float32)
+
     def forward(images):
-        x = normalize(images, mean, std).contiguous(memory_format=torch.channels_last)
+        x = normalize(images, mean, std).to(weights if dtype is None else torch.float32, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             found = model(x)
         if not isinstance(found, torch.Tensor) or found.ndim < 2 or len(found) != len(images):
@@ -168,11 +172,12 @@ def saliency_maps(
     workers: int = 0,  # decoding processes of streamed sets
 ) -> torch.Tensor:  # float32 n 1 h w, for `evaluate`'s maps
     "What a network finds salient in every image of a data set."
-    forward, found = forward_pass(network.eval(), *normalization(network, mean, std), device_of(network)), []
-    for _, images in batches_of(dataset, torch.arange(len(dataset)), batch_size, workers):
-        found.append(forward(to_float(images.to(device_of(network)))).cpu())
-        if found[-1].shape != (len(images), 1, *images.shape[-2:]) or not (found[-1] >= 0).all():
-            raise InputError(f"the network gave {tuple(found[-1].shape)}, least {float(found[-1].min()):.3g}, for images {tuple(images.shape)}. It has to give b 1 h w, 0 or more: end it in a sigmoid.")
+    forward, found = forward_pass(network, *normalization(network, mean, std), device_of(network)), []
+    with in_eval_mode(network):
+        for _, images in batches_of(dataset, torch.arange(len(dataset)), batch_size, workers):
+            found.append(forward(to_float(images.to(device_of(network)))).cpu())
+            if found[-1].shape != (len(images), 1, *images.shape[-2:]) or not (found[-1] >= 0).all():
+                raise InputError(f"the network gave {tuple(found[-1].shape)}, least {float(found[-1].min()):.3g}, for images {tuple(images.shape)}. It has to give b 1 h w, 0 or more: end it in a sigmoid.")
     return torch.cat(found)
 
 # %% ../nbs/11a_blocks.ipynb #db123611

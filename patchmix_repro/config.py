@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'SHORT', 'COMMON', 'RECIPES', 'FAMILY', 'HINTS', 'PLACE', 'RULES', 'CHOICES', 'REMIXABLE', 'WITH_TOKENS',
-           'PAIRED', 'KAPPA_PEAK', 'NEUTRAL', 'VARIED', 'recipe_for', 'ChoiceFields', 'LabelFields', 'TrainConfig',
-           'check_classes', 'check_labels', 'kappa_factor', 'labels_for', 'train_config', 'config_from', 'identity',
-           'run_id', 'run_folder', 'varied']
+           'PAIRED', 'KAPPA_PEAK', 'NEUTRAL', 'VARIED', 'recipe_for', 'ChoiceFields', 'TrialFields', 'LabelFields',
+           'TrainConfig', 'check_classes', 'check_labels', 'kappa_factor', 'labels_for', 'train_config', 'config_from',
+           'identity', 'run_id', 'run_folder', 'varied']
 
 # %% ../nbs/10a_config.ipynb #b39fe2c8
 import dataclasses
@@ -73,6 +73,13 @@ class ChoiceFields:
     per_image: bool = True  # a mask for each image; False: one mask and one share for the whole batch
     patch_share: float = 1 / 3  # of the switch's batches that Patch Mixing gets, 0 to 1; Mixup and CutMix share the others alike
 
+# %% ../nbs/10a_config.ipynb #85b736db
+@dataclass(frozen=True)
+class TrialFields:
+    "How much of a training and of its test is run; None for all of it."
+    max_steps: int | None = None  # stop after so many steps
+    test_images: int | None = None  # a keyed sample of the test split
+
 # %% ../nbs/10a_config.ipynb #4a9fd746
 @dataclass(frozen=True)
 class LabelFields:
@@ -86,7 +93,7 @@ class LabelFields:
 
 # %% ../nbs/10a_config.ipynb #ee1f9990
 @dataclass(frozen=True)
-class TrainConfig(LabelFields, ChoiceFields):
+class TrainConfig(LabelFields, ChoiceFields, TrialFields):
     "What one training run is; made by `train_config`, which checks it."
     model: str = "convnext"  # one of MODELS
     scale: str = "mini"  # "mini", "small" or "paper"
@@ -116,7 +123,6 @@ class TrainConfig(LabelFields, ChoiceFields):
     pretrained: bool = False  # start from timm's ImageNet weights; scale paper only
     precision: str = "auto"  # "float32", "bfloat16", or "auto": bfloat16 on a GPU that has it
     seed: int = 0  # of every draw
-    max_steps: int | None = None  # stop after so many steps; None for all
     quarantine: tuple[str, ...] = ()  # training files to leave out
     root: str | None = None  # where the data lies; None: PATCHMIX_DATA, then data/
     out: str | None = None  # the run's folder; None: runs/<id>
@@ -148,7 +154,7 @@ _COUNT = (lambda v: v >= 1, "integers from 1")
 
 # %% ../nbs/10a_config.ipynb #4742bb68
 RULES = {
-    **dict.fromkeys(("epochs", "batch_size", "max_steps", "processes"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "max_steps", "test_images", "processes"), _COUNT),
     **dict.fromkeys(("lr", "mixup_alpha", "cutmix_alpha", "token_weight"), _POSITIVE),
     **dict.fromkeys(("ratio", "label_smoothing", "erase", "patch_share"), _SHARE),
     **dict.fromkeys(("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "clip_grad", "layer_scale", "workers", "checkpoint_every", "seed", "kappa_lr"), _NOT_NEGATIVE),
@@ -273,7 +279,7 @@ def config_from(
     return train_config(**given)
 
 # %% ../nbs/10a_config.ipynb #b9ed1285
-NEUTRAL = {"warmup_prefix": False, "remixer": False, "labels": "none", "distance": "l1", "kappa_lr": 1.0, "token_labels": False, "token_weight": 0.5, "per_image": True, "patch_share": 1 / 3}  # fields younger than published runs -> the value that leaves those runs' names as they are
+NEUTRAL = {"warmup_prefix": False, "test_images": None, "remixer": False, "labels": "none", "distance": "l1", "kappa_lr": 1.0, "token_labels": False, "token_weight": 0.5, "per_image": True, "patch_share": 1 / 3}  # fields younger than published runs -> the value that leaves those runs' names as they are
 
 # %% ../nbs/10a_config.ipynb #e441cdf9
 def identity(

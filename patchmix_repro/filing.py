@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 
 from . import store
+from .blocks import block_order
 from .config import TrainConfig, identity, run_id, varied
 from .core import StoreError, atomic_write, project_root, stable_hash
 from .data import create_dataset
@@ -58,10 +59,11 @@ def tested(
 ) -> pd.DataFrame:  # the rows of the test images
     "`evaluate`; a remixed network gets labels of the test images from the labeller of its training."
     if not config.remixer:
-        return evaluate(model, test, **how)
+        return evaluate(model, test, limit=config.test_images, **how)
     labels = label_maps(config.labels, test, config.root, config.seed)
     check_labeler(config.labels, labeler_note(labels)["labeler"], card.get("labeler"))
-    return image_rows(predict(model, test, device=next(model.parameters()).device, labels=patch_labels_of(labels), **how), test)
+    ids = torch.cat(block_order(len(test), limit=config.test_images)).sort().values  # those of `evaluate`
+    return image_rows(predict(model, test, ids, device=next(model.parameters()).device, labels=patch_labels_of(labels), **how), test, ids)
 
 # %% ../nbs/12a_filing.ipynb #b80383b9
 def measure(

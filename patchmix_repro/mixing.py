@@ -8,6 +8,7 @@ __all__ = ['PatchPlan', 'draw_ratio', 'draw_grid', 'draw_patches', 'PatchMixing'
 # %% ../nbs/06_mixing.ipynb #02e0e85a
 from dataclasses import dataclass, field
 from math import isfinite
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ class PatchPlan(NamedTuple):
 # %% ../nbs/06_mixing.ipynb #05b0ca4f
 def _law(ratio):
     match ratio:
+        case bool():
+            pass
         case int() | float() if 0 <= ratio <= 1:
             return "uniform", ratio, ratio
         case ("beta", int() | float() as a) if 0 < a < float("inf"):
@@ -63,6 +66,10 @@ def draw_ratio(
 
 # %% ../nbs/06_mixing.ipynb #5030d984
 def _mix(mixer, x, y, generator, maps=None):
+    if wrong := [name for name, value in (("images", x), ("labels", y)) if not isinstance(value, Tensor)]:
+        raise InputError(f"{' and '.join(wrong)} are no tensors. Give images b c h w and labels b, or b k, as torch.Tensor.")
+    if generator is not None and not isinstance(generator, Generator):
+        raise InputError(f"generator is {generator!r}. Give a torch.Generator, or None for the mixer's own; seed= goes into the mixer.")
     soft = soft_labels(y, mixer.num_classes)
     if x.ndim != 4 or len(x) != len(soft):
         raise InputError(f"images {tuple(x.shape)} and labels {tuple(y.shape)} do not go together. Give images b c h w and one label per image.")
@@ -76,7 +83,7 @@ def _mix(mixer, x, y, generator, maps=None):
 # %% ../nbs/06_mixing.ipynb #29c99b7e
 def _fraction(**values):
     for name, value in values.items():
-        if not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             raise InputError(f"{name} {value!r} is outside [0, 1]. Give a number from 0 to 1.")
 
 # %% ../nbs/06_mixing.ipynb #d611ebd4
@@ -140,7 +147,7 @@ class PatchMixing:
     prob: float = 1.0  # probability that a batch is mixed at all
     donor: str = "permute"  # how donors are paired: "permute" (no image with itself) or "flip" (image b - 1 - i, as timm)
     per_image: bool = True  # False: one r and one mask for the whole batch
-    seed: int | None = None  # of the private generator; None: from the operating system
+    seed: int | None = None  # of the private generator, in a loader's workers with torch's seed of each; None: from the operating system
     mixup_enabled: bool = field(default=True, init=False, repr=False)  # False: labels are only smoothed
 
     def __post_init__(self):
@@ -149,6 +156,8 @@ class PatchMixing:
         _law(self.ratio)
         _fraction(label_smoothing=self.label_smoothing, prob=self.prob)
         choose("donor", self.donor, ("permute", "flip"))
+        if not isinstance(self.per_image, bool):
+            raise InputError(f"per_image is {self.per_image!r}. Give True or False.")
         self._own = OwnGenerator(self.seed)
 
     def draw(self, shape: tuple[int, int, int, int], generator: Generator) -> PatchPlan:
@@ -167,17 +176,19 @@ class PatchMixing:
 # %% ../nbs/06_mixing.ipynb #e55f6281
 def _check_alphas(**alphas):
     for name, alpha in alphas.items():
-        if not (isfinite(alpha) and alpha > 0):
-            raise InputError(f"{name} {alpha} is no Beta parameter. Give a number above 0; to leave one out, set its entry of weights to 0.")
+        if not (isinstance(alpha, Real) and isfinite(alpha) and alpha > 0):
+            raise InputError(f"{name} {alpha!r} is no Beta parameter. Give a number above 0; to leave one out, set its entry of weights to 0.")
 
 # %% ../nbs/06_mixing.ipynb #b0f5f852
 def _check_weights(weights):
-    if len(weights) != 3 or not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
-        raise InputError(f"weights {tuple(weights)} are no shares of Mixup, CutMix and Patch Mixing. Give three numbers >= 0, not all 0.")
+    if not isinstance(weights, (tuple, list)) or len(weights) != 3 or not all(isinstance(w, Real) and isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
+        raise InputError(f"weights {weights!r} are no shares of Mixup, CutMix and Patch Mixing. Give three numbers >= 0, not all 0.")
 
 # %% ../nbs/06_mixing.ipynb #d2e70f0a
 def _check_patchmix(patchmix, num_classes, label_smoothing):
     _check_classes(num_classes)
+    if not isinstance(patchmix, PatchMixing):
+        raise InputError(f"patchmix is {patchmix!r}. Give a PatchMixing, or None for its defaults.")
     for name, ours in (("num_classes", num_classes), ("label_smoothing", label_smoothing)):
         if getattr(patchmix, name) != ours:
             raise InputError(f"patchmix has {name} {getattr(patchmix, name)}, the switch has {ours}. Give both the same.")

@@ -9,6 +9,7 @@ __all__ = ['soft_labels', 'mix_labels', 'draw_partners', 'draw_beta', 'OwnGenera
 # %% ../nbs/05a_pairs.ipynb #5c98333c
 import secrets
 from math import sqrt
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,8 @@ class OwnGenerator:
         self,
         seed: int | None = None,  # None: from the operating system
     ):
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise InputError(f"seed is {seed!r}. Give a whole number, or None for one from the operating system.")
         self.seed, self.key = secrets.randbits(62) if seed is None else seed, None
 
     def __call__(self) -> Generator:

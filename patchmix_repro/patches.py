@@ -8,6 +8,7 @@ __all__ = ['grid_sides', 'patch_sides', 'choose_patches', 'replace_patches', 'dr
 # %% ../nbs/01_patches.ipynb #194aa39a
 from functools import partial
 from math import isqrt
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ def grid_sides(
     grid: int | tuple[int, int] | None = None,  # g, or (gh, gw); None: the square grid of n patches
 ) -> tuple[int, int]:  # gh, gw
     "Rows and columns of a patch grid."
-    gh, gw = (isqrt(n), isqrt(n)) if grid is None else (grid, grid) if isinstance(grid, int) else tuple(grid)
+    sides = (isqrt(n),) * 2 if grid is None else tuple(grid) if isinstance(grid, (tuple, list)) else (grid, grid)
+    if len(sides) != 2 or not all(isinstance(side, Integral) and not isinstance(side, bool) for side in sides):
+        raise InputError(f"grid {grid!r} is no patch grid. Give a whole number g, or a pair (gh, gw).")
+    gh, gw = sides
     if gh < 1 or gw < 1:
         raise InputError(f"a {gh} x {gw} grid has no patches. Use at least 1 x 1.")
     if n not in (None, gh * gw):

@@ -22,11 +22,11 @@ from .claims import networks_of
 from .core import InputError, choose, keyed_generator
 from .curves import absent, strip
 from .data import create_dataset, normalize, to_float
-from .evaluation import in_eval_mode
 from .explaining import overlay
 from .explanations import unpack_pictures
 from .ledger import FAMILY
 from .mixing import PatchMixing
+from .models import in_eval_mode
 from .occlusion import Clean, Drop, Permute, Replace, Slide, donor_ids
 from .plots import image_sheet
 from .selectivity import context_pixels

@@ -116,7 +116,8 @@ def train_step(
 ) -> Step:
     "The training of a recipe; \"plain\" of ReMixer is \"timm\" of Patch Mixing, one run."
     given = as_published(trained_by(side, page, sweep.data)[0] | {"scale": sweep.scale, "precision": sweep.precision, "seed": seed} | changed)
-    given |= {"max_steps": SUBSETS[sweep.subset].max_steps} if SUBSETS[sweep.subset].max_steps else {}
+    subset = SUBSETS[sweep.subset]
+    given |= {"max_steps": subset.max_steps, "test_images": subset.evaluate} if subset.max_steps else {}
     name = run_id(train_config(**given))
     return Step(f"train-{name}", "train", "train", given | {"out": f"{sweep.folder}/train/{name}", "root": sweep.root})
 

@@ -100,6 +100,8 @@ def attention_gradients(
         layers = sum(hasattr(layer, "attn_drop") for layer in model.modules())
         if len(maps) != max(layers, 1) or not all(probabilities.requires_grad for probabilities in maps):
             raise InputError(f"{len(maps)} of {layers} attentions were seen. Each attention module has to pass its probabilities through `attn_drop` while `fused_attn` is False, outside of torch.no_grad and torch.compile.")
+        if apart := [tuple(a.shape[-2:]) for a in maps if a.shape[-1] != a.shape[-2]]:
+            raise InputError(f"{len(apart)} attentions have {apart[0][0]} rows for {apart[0][1]} tokens, as CaiT's: their product is not defined. Each token has to attend to each; RISE explains any network.")
         gradients = torch.autograd.grad(pick(logits, ids).sum(), maps, allow_unused=True)
     return [a.detach() for a in maps], [torch.zeros_like(a) if g is None else g for a, g in zip(maps, gradients, strict=True)]
 
@@ -115,8 +117,10 @@ def relevance(
     with evaluating(model, x):
         product = relevance_product(*attention_gradients(model, x, target, labels))
     (rows, columns), patches = net.patch_embed.grid_size, product[:, 0, net.num_prefix_tokens:]
-    if patches.shape[1] != rows * columns or not patches.isfinite().all():
-        raise NonFiniteError(f"{patches.shape[1]} patches on a grid of {rows} x {columns}, finite: {bool(patches.isfinite().all())}. Check the weights, and that x has the network's size.")
+    if patches.shape[1] != rows * columns:
+        raise InputError(f"x of {x.shape[-2]} x {x.shape[-1]} px gives {patches.shape[1]} patches, the network's grid is {rows} x {columns}. Resize x to the network's size.")
+    if not patches.isfinite().all():
+        raise NonFiniteError("the relevance is NaN or infinite. Check the weights and the normalisation of x.")
     grid = rearrange(patches, "b (h w) -> b 1 h w", h=rows)
     return F.interpolate(grid.float(), x.shape[-2:], mode="bilinear").squeeze(1)
 

@@ -85,8 +85,8 @@ def _apart(rows, claim):
     "How far two networks lie apart as they are where Patch Mixing or ReMixer is to bring one past the other, and the claim's verdict on them; NaN and nothing elsewhere."
     if not _changed(claim) or claim.first[0] == claim.second[0] or claim.value not in ("kept", "accuracy"):
         return np.nan, ""
-    judge, plain = (remixer_verdicts, "plain") if "recipe" in rows else (verdicts, "timm")
-    row = judge(rows, [replace(claim, first=(claim.first[0], plain), second=(claim.second[0], plain))]).iloc[0]
+    judge, name, plain = (remixer_verdicts, "recipe", "plain") if "recipe" in rows else (verdicts, "mixing", "timm")
+    row = judge(rows[rows[name].eq(plain)], [replace(claim, first=(claim.first[0], plain), second=(claim.second[0], plain))]).iloc[0]
     return row["difference"], row["verdict"]
 
 # %% ../nbs/14g_remarks.ipynb #3e7d5cef
@@ -94,7 +94,7 @@ def _behind(rows, claim):
     "Where Patch Mixing is to make ConvNeXt keep more: how far the original Swin is behind the original ConvNeXt; NaN where it is not, or lacks."
     if (claim.first, claim.second) != (("convnext", "switch"), ("convnext", "timm")) or claim.value != "kept" or claim.beyond is not None:
         return np.nan
-    row = verdicts(rows, [replace(claim, first=("swin", "timm"))]).iloc[0]
+    row = verdicts(rows[rows["mixing"].eq("timm")], [replace(claim, first=("swin", "timm"))]).iloc[0]
     return row["difference"] if row["verdict"] == "contradicted" else np.nan
 
 # %% ../nbs/14g_remarks.ipynb #d5f9b04d
@@ -112,6 +112,7 @@ def along(
     if claim.value != "kept" or not claim.x or claim.expect not in ("more", "less") or row["verdict"] not in ("seen", "contradicted", "not decided"):
         return []
     places = [x for x in sorted(rows.loc[rows["curve"].eq(claim.curve), "x"].unique()) if x > 0 and (x != claim.x or claim.beyond is not None)]
+    rows = rows[rows["curve"].eq(claim.curve)]
     table, said = verdicts(rows, [replace(claim, x=x, beyond=None) for x in places]) if places else pd.DataFrame(), []
     for way, sign in (("below", -1), ("above", 1)):
         found = {f"{x:g}": each["difference"] for x, each in zip(places, table.to_dict("records"), strict=True) if min(sign * each["low"], sign * each["high"]) > 0}

@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'REASONS', 'Family', 'Remixed', 'remix', 'parameter_group
 
 # %% ../nbs/09_remixer.ipynb #87ecc261
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,6 +83,22 @@ def _grid(base, h, w):
         return tuple((size - side) // step + 1 for size, side, step in zip((h, w), stem[0].kernel_size, stem[0].stride))
     return tuple(stem.dynamic_feat_size((h, w)) if hasattr(stem, "dynamic_feat_size") else stem.grid_size)
 
+# %% ../nbs/09_remixer.ipynb #c1cb56fd
+def _stem_tokens(base, x):
+    return base.stem(x)
+
+# %% ../nbs/09_remixer.ipynb #4b9fd624
+def _plain_attention(block):
+    return type(block) in (Block, ResPostBlock) and type(block.attn) is Attention
+
+# %% ../nbs/09_remixer.ipynb #1c990728
+def _plain_mixer(block):
+    return type(block) is MixerBlock and type(block.mlp_tokens) is Mlp
+
+# %% ../nbs/09_remixer.ipynb #bfa0f74e
+def _shared_kernel(block):
+    return type(block[0].fn[0]) is SharedConv2d
+
 # %% ../nbs/09_remixer.ipynb #5065a779
 class Family(NamedTuple):
     "How one family of networks is walked."
@@ -93,11 +109,11 @@ class Family(NamedTuple):
 
 # %% ../nbs/09_remixer.ipynb #c7b127cd
 FAMILIES = (
-    Family((VisionTransformer, VisionTransformerDistilled), _vit_tokens, _vit_block, lambda b: type(b) in (Block, ResPostBlock) and type(b.attn) is Attention),
-    Family((ConVit,), _convit_tokens, _convit_block, lambda b: True),
-    Family((MlpMixer,), lambda base, x: base.stem(x), _mixer_block, lambda b: type(b) is MixerBlock and type(b.mlp_tokens) is Mlp),
-    Family((ConvMixer,), lambda base, x: base.stem(x), _convmixer_block, lambda b: type(b[0].fn[0]) is SharedConv2d),
-)
+    Family((VisionTransformer, VisionTransformerDistilled), _vit_tokens, _vit_block, _plain_attention),
+    Family((ConVit,), _convit_tokens, _convit_block, callable),
+    Family((MlpMixer,), _stem_tokens, _mixer_block, _plain_mixer),
+    Family((ConvMixer,), _stem_tokens, _convmixer_block, _shared_kernel),
+)  # functions with a name, so that a remixed network can be pickled
 
 # %% ../nbs/09_remixer.ipynb #9e8114dd
 REASONS = {
@@ -211,13 +227,15 @@ def remix(
     "A copy of a network whose patch mixing is reweighted by object labels (ReMixer, section 2); a plain network's state dict loads with strict=False, which leaves kappa as it is."
     choose("distance", distance, DISTANCES)
     family, depth = _family(model), len(model.blocks)
-    layers = range(depth) if layers is None else layers
+    layers = list(range(depth) if layers is None else layers if isinstance(layers, Iterable) else [repr(layers)])
     if not layers or len(set(layers)) < len(layers) or not all(type(i) is int and 0 <= i < depth for i in layers):
-        raise InputError(f"layers {list(layers)!r} of a network with {depth} blocks; allowed are different whole numbers from 0 to {depth - 1}.")
+        raise InputError(f"layers {layers!r} of a network with {depth} blocks; allowed is a list of different whole numbers from 0 to {depth - 1}.")
     least = 2 if distance == "cosine" else 1
     if num_label_classes is not None and (type(num_label_classes) is not int or num_label_classes < least):
         raise InputError(f"num_label_classes {num_label_classes!r} with {distance} distance; allowed are whole numbers from {least}.")
-    return Remixed(copy.deepcopy(model), family, distance, tuple(layers), num_label_classes)
+    net = Remixed(copy.deepcopy(model), family, distance, tuple(layers), num_label_classes)
+    net.training = model.training
+    return net
 
 # %% ../nbs/09_remixer.ipynb #609d0cad
 def parameter_groups(

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from . import store
-from .claims import Claim, load_battery, verdicts
+from .claims import Claim, load_battery, remembered, verdicts
 from .config import run_id, train_config
 from .core import choose
 from .page_claims import PAGE_CLAIMS
@@ -256,6 +256,7 @@ def over_the_card(
     return card.assign(p_card=asked[:, 0], reason=[f"{said}{'; ' * bool(said)}over its page, not over the whole card" if short else said for said, short in zip(card["reason"], weak)])
 
 # %% ../nbs/15h_report_card.ipynb #ee6b7b40
+@remembered
 def report_card(
     folder: str | Path,  # a store, such as results/
     data: str = "shapes9",  # data set

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .core import InputError, NonFiniteError, choose
 from .masks import BLOCK, METHODS, Masks, Saliency, Sums, average, draw_masks
+from .models import in_eval_mode
 
 # %% ../nbs/13_saliency.ipynb #a8903af0
 SCORES = {"prob": lambda z: z.softmax(-1), "logit": lambda z: z, "logprob": lambda z: z.log_softmax(-1)}
@@ -59,7 +60,7 @@ def masked_logits(
     "Logits of every image under every mask."
     columns = []
     for images in x.permute(0, 2, 3, 1).contiguous().split(size):
-        parts = masks[:, None, :, :, None].split(max(1, size // len(images)))
+        parts = masks[:, None, :, :, None].to(images.dtype).split(max(1, size // len(images)))
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             rows = [model((part * images).flatten(0, 1).permute(0, 3, 1, 2)) for part in parts]
         columns.append(torch.cat(rows).float().unflatten(0, (len(masks), len(images))))
@@ -122,10 +123,14 @@ def check_images(
     x: Tensor,  # float b 3 h w
 ):
     "Refuse images that cannot be explained."
+    if not isinstance(model, nn.Module) or not isinstance(x, Tensor):
+        raise InputError(f"the model is a {type(model).__name__}, x a {type(x).__name__}. Give a torch.nn.Module and a tensor, normalised, float b 3 h w.")
     if x.ndim != 4 or x.shape[1] != 3 or not len(x) or not x.is_floating_point():
         raise InputError(f"x has shape {tuple(x.shape)} and type {x.dtype}. Give one or more normalised images, float b 3 h w.")
     if (lies := next((p.device for p in model.parameters()), x.device)) != x.device:
         raise InputError(f"x lies on {x.device}, the model on {lies}. Move one of them with .to().")
+    if (weights := next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)) != x.dtype:
+        raise InputError(f"x is {x.dtype}, the model {weights}. Bring one of them to the other's type with .to(); for half precision inside, keep both in float32 and give dtype=torch.bfloat16.")
 
 # %% ../nbs/13_saliency.ipynb #55e30290
 @contextmanager
@@ -135,13 +140,8 @@ def evaluating(
 ):
     "Evaluation mode, no gradients, no autocast of the caller; every module gets its own mode back."
     check_images(model, x)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            yield model.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_eval_mode(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        yield model
 
 # %% ../nbs/13_saliency.ipynb #4c14e0c0
 def clean_logits(
@@ -282,9 +282,13 @@ def crise(
     **options,  # num_masks, grid, keep, seed, batch_size, tolerance, method, dtype, progress: as in `rise`
 ) -> Saliency:  # maps b h w
     "c-RISE: S = mean((score of the target - score of the contrast) * mask) / keep, at the price of RISE."
+    for name in options:
+        choose("option", name, Masking.__dataclass_fields__)
     masking, _ = Masking(**options), choose("score", score, SCORES)
     with evaluating(model, x):
         logits = clean_logits(model, x)
+        if logits.shape[1] < 2:
+            raise InputError("the model has one logit, so there is no class to hold the target against. Explain it with rise(score='logit').")
         ids = logits.argmax(1) if target is None else class_ids("target", target, logits)
         against = against_ids(contrast, ids, donor, logits)
         return explain(model, x, lambda z: contrast_scores(z, ids, against, score), masking)

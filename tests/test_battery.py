@@ -21,6 +21,7 @@ from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset, nor
 from patchmix_repro.evaluation import BATCH, compare, correct_table, evaluate, image_rows, summary
 from patchmix_repro.files import ImageSet
 from patchmix_repro.filing import battery_config, file_battery, filed, long_rows, measure_battery, note_of, wide_images
+from patchmix_repro.models import predict
 from patchmix_repro.occlusion import Clean, Drop, Permute, Replace, donor_ids
 from patchmix_repro.parts import Filing, Parts, weights_hash
 
@@ -147,6 +148,22 @@ def test_the_mode_of_the_model_comes_back(dataset):
     assert broken.training
 
 
+def test_weights_of_another_type_and_draws_of_the_caller(tmp_path):
+    few = images(40)
+    whole, half = (evaluate(Linear().to(dtype), few, limit=40) for dtype in (torch.float64, torch.bfloat16))
+    assert np.abs(whole.probability - half.probability).mean() < 0.1
+    for k in range(3):
+        for part in ("train/a", "train/b", "val/a", "val/b"):
+            (tmp_path / part).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (SIDE, SIDE), (k, 0, 0)).save(tmp_path / part / f"{k}.png")
+    streamed = create_dataset("folder", "test", SIDE, tmp_path, memory=False)
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    evaluate(Linear(k=2), streamed, workers=0), predict(Linear(k=2), streamed)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_streamed_images_are_decoded_once_for_all_conditions(tmp_path):
     for k in range(3):
         for i in range(4):
@@ -217,8 +234,18 @@ def test_wrong_input(dataset):
         evaluate(Linear(), dataset, ())
     with pytest.raises(InputError, match="integer from 1, or 'auto'"):
         evaluate(Linear(), dataset, (Clean(),), batch_size=0)
-    with pytest.raises(InputError, match="grid 8 x 8 does not divide a 28 x 28 image"):
-        evaluate(Linear(), dataset, (Permute(8),), limit=20)
+    with pytest.raises(InputError, match="permute-64 with 8 x 8 patches, do not divide images of 28 x 28.*a multiple of 56"):
+        evaluate(spied := Linear(), dataset, (Clean(), Replace(0.3, grid=7), Permute(8)), limit=20)
+    assert not spied.calls, "found before the first image"
+    for model, data, words in ((lambda x: x, dataset, "the model is a function"), (Linear(), torch.zeros(3), "the data are a Tensor")):
+        with pytest.raises(InputError, match=words):
+            evaluate(model, data)
+    with pytest.raises(InputError, match="dtype is 'bfloat16'"):
+        evaluate(Linear(), dataset, dtype="bfloat16")
+    with pytest.raises(InputError, match="do not normalise RGB"):
+        evaluate(Linear(), dataset, mean=0.5, std=0.5)
+    with pytest.raises(InputError, match="lack the columns condition, id"):
+        summary(evaluate(Linear(), dataset, limit=20), (Clean(),))
     for name, values in {"limit": (2.5, True, 0, "9"), "seed": (1.5, "0", False)}.items():
         for value in values:
             with pytest.raises(InputError, match=f"{name} {value!r}.* whole number"):

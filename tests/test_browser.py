@@ -16,7 +16,7 @@ import pytest
 
 TRAIN = Path(__file__).resolve().parents[1] / "nbs" / "train.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SMALL = {"epochs": 1, "max_steps": 2}  # enough to pass through every cell
+SMALL = {"epochs": 1, "max_steps": 2, "test_images": 100}  # enough to pass through every cell
 SECONDS = 240  # patience with a busy machine; a run takes a fraction of it
 RUN_ALL = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
 SAVE = "window.jupyterapp.commands.execute('docmanager:save')"

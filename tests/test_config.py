@@ -116,7 +116,7 @@ def test_the_name_ignores_places_and_nothing_else(seed, ratio, out, resume, work
 
 def test_every_field_is_in_the_hash_or_declared_a_place():
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    unlike_old_runs = dict(model="deit", warmup_prefix=True, remixer=True, labels="dense:run", kappa_lr=2.0, token_labels=True, token_weight=1.0, per_image=False, patch_share=0.5)
+    unlike_old_runs = dict(model="deit", test_images=9, warmup_prefix=True, remixer=True, labels="dense:run", kappa_lr=2.0, token_labels=True, token_weight=1.0, per_image=False, patch_share=0.5)
     assert set(identity(train_config(**unlike_old_runs))) == fields - set(PLACE)
     assert not {"remixer", "labels", "distance", "kappa_lr", "token_labels", "token_weight"} & set(identity(train_config()))
 

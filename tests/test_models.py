@@ -89,6 +89,21 @@ def test_plain_attention_computes_the_same(name):
         assert (model(x) - plain_attention(model)(x)).abs().max() < 1e-10
 
 
+def test_predictions_leave_every_mode_as_it_was():
+    class Fails(torch.nn.Sequential):
+        def forward(self, x):
+            raise KeyError
+
+    dataset = create_dataset("shapes9", "val", 56)
+    frozen = torch.nn.Sequential(torch.nn.BatchNorm2d(3).eval(), torch.nn.Flatten(), torch.nn.Linear(3 * 56 * 56, 9)).train()
+    frozen[0].eval()
+    predict(frozen, dataset, torch.arange(2))
+    assert frozen.training and not frozen[0].training
+    with pytest.raises(KeyError):
+        predict(broken := Fails(torch.nn.Dropout()), dataset, torch.arange(2))
+    assert broken.training and broken[0].training
+
+
 def test_predictions_do_not_depend_on_batches():
     torch.manual_seed(0)
     model, dataset = create_model("convmixer").double(), create_dataset("shapes9", "val", 56)

@@ -3,6 +3,7 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from hypothesis import given, settings
@@ -274,6 +275,18 @@ def test_attention_that_is_not_shown_is_an_error():
     net.blocks[0].attn.forward = lambda x, **more: x  # one block that hides its attention spoils the product
     with pytest.raises(InputError, match="1 of 2 .*attn_drop"):
         relevance(net, images())
+
+
+def test_a_class_attention_is_refused():
+    cait = timm.create_model("cait_xxs24_224", img_size=32, depth=2, num_classes=3)
+    with pytest.raises(InputError, match="1 rows for 5 tokens"):
+        relevance(cait, torch.zeros(1, 3, 32, 32))
+
+
+def test_another_size_is_named():
+    net = VisionTransformer(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=3, dynamic_img_size=True)
+    with pytest.raises(InputError, match="32 x 48 px gives 24 patches, the network's grid is 4 x 4"):
+        relevance(net, torch.zeros(1, 3, 32, 48))
 
 
 # the object

@@ -1,6 +1,7 @@
 """ReMixer's equations and the adapter against hand, slow forms and properties, and what the ecosystem asks of a module."""
 import copy
 import math
+import pickle
 from datetime import timedelta
 from functools import lru_cache
 
@@ -609,6 +610,17 @@ def test_deepcopy_and_weight_average(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_whole_network_can_be_pickled(name):
+    net, (x, y) = set_kappa(remix(base_of(name)), 0.5), batch(b=1)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x, y), net(x, y))
+
+
+def test_the_mode_is_the_models():
+    base = copy.deepcopy(base_of("deit")).eval()
+    assert not any(module.training for module in remix(base).modules()) and remix(base.train()).training
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_as_one_graph(name):
     net, x, y = set_kappa(remix(small_of(name)[0]), 0.5), normal(2, 3, 32, 32), amounts(2, 16, 2)
     with torch.no_grad():
@@ -737,7 +749,7 @@ def test_other_modules_are_refused():
 
 @pytest.mark.parametrize("options, words", [
     (dict(distance="l2"), "Allowed: l1, cosine"), (dict(layers=[]), "layers"), (dict(layers=[0, 0]), "different"), (dict(layers=[6]), "0 to 5"),
-    (dict(layers=[-1]), "0 to 5"), (dict(layers=[1.0]), "whole"), (dict(num_label_classes=0), "from 1"), (dict(distance="cosine", num_label_classes=1), "from 2"),
+    (dict(layers=[-1]), "0 to 5"), (dict(layers=[1.0]), "whole"), (dict(layers=3), "layers .'3'. of a network"), (dict(layers=torch.arange(2)), "whole"), (dict(num_label_classes=0), "from 1"), (dict(distance="cosine", num_label_classes=1), "from 2"),
 ])
 def test_impossible_options_are_refused(options, words):
     with pytest.raises(InputError, match=words):

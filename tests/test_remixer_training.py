@@ -22,6 +22,7 @@ from patchmix_repro.battery import open_networks
 from patchmix_repro.config import HINTS, TrainConfig, identity, run_id, train_config
 from patchmix_repro.core import CheckpointError, DataError, InputError, project_root
 from patchmix_repro.data import IMAGENET_MEAN, IMAGENET_STD, create_dataset
+from patchmix_repro.evaluation import evaluate
 from patchmix_repro.files import ImageSet
 from patchmix_repro.label_files import write_labels
 from patchmix_repro.label_networks import Labeler, label_images
@@ -371,7 +372,11 @@ def test_a_record_is_made_with_the_labels_of_the_test_images(whole):
     model, card = training.load_model(whole.folder)
     test = create_dataset("folder", "test", 56, whole.config.root)
     shares = predict(model, test, labels=patch_labels_of(label_maps(whole.config.labels, test))).softmax(1).gather(1, test.labels[:, None])[:, 0]
-    assert np.allclose(filing.tested(model, card, whole.config, test).probability, shares, atol=1e-6)
+    rows = filing.tested(model, card, whole.config, test)
+    assert np.allclose(rows.probability, shares, atol=1e-6)
+    some = filing.tested(model, card, dataclasses.replace(whole.config, test_images=5), test)
+    assert len(some) == 5 and np.allclose(some.probability, rows.set_index("file").probability[some.file], atol=1e-6)
+    assert some.file.tolist() == evaluate(model, test, limit=5).file.tolist()
 
 
 def test_a_shipped_remixed_network_says_what_its_accuracy_needs(whole, tmp_path):
@@ -401,7 +406,7 @@ def test_labels_are_made_for_every_split_by_the_same_source(whole):
 # ---- the notebook ----
 
 def test_the_notebook_trains_with_remixer(tmp_path):
-    notebook = run_notebook(tmp_path, model="deit", remixer=True, max_steps=2, batch_size=8)
+    notebook = run_notebook(tmp_path, model="deit", remixer=True, max_steps=2, batch_size=8, test_images=100)
     shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert sum("image/png" in o.data for o in shown) == 3  # the curve, kappa, and the sheet
     assert kappa_runs(tmp_path / "run" / "records").layer.tolist() == list(range(6))

@@ -282,8 +282,8 @@ def test_impossible_contrasts_are_refused(options, words):
         crise(Linear(), photos(), torch.tensor([0, 2]), num_masks=10, **options)
     with pytest.raises(InputError, match="target is 'all'"):
         crise(Linear(), photos(), "all", 0, num_masks=10)
-    with pytest.raises(TypeError, match="masks"):
-        crise(Linear(), photos(), 0, 1, masks=10)
+    with pytest.raises(InputError, match="did you mean 'num_masks'"):
+        crise(Linear(), photos(), 0, 1, num_mask=10)
 
 
 class Answers(nn.Module):
@@ -318,3 +318,14 @@ def test_bad_images_are_named():
         rise(Linear(), photos() * torch.nan, num_masks=10)
     with pytest.raises(InputError, match="meta"):
         rise(Linear(), photos().to("meta"), num_masks=10)
+    with pytest.raises(InputError, match="float64, the model torch.float32"):
+        rise(Linear(), photos().double(), num_masks=10)
+    with pytest.raises(InputError, match="the model is a function"):
+        rise(lambda x: x.flatten(1), photos(), num_masks=10)
+    with pytest.raises(InputError, match="one logit"):
+        crise(Answers(lambda x: x.mean((1, 2, 3))[:, None]), photos(), contrast="rest", num_masks=10)
+
+
+def test_weights_of_another_type_keep_it():
+    exact, rough = (rise(Linear().to(dtype), photos().to(dtype), num_masks=64) for dtype in (torch.float64, torch.bfloat16))
+    assert (exact.map - rough.map.double()).abs().max() < 0.05

@@ -35,9 +35,9 @@ def photos(tmp_path):
 
 
 def test_the_default_model_trains_on_the_embedded_set(tmp_path):
-    notebook = run(tmp_path, max_steps=2, batch_size=8)
+    notebook = run(tmp_path, max_steps=2, batch_size=8, test_images=300)
     record = store.read(tmp_path / "run" / "records").iloc[0]
-    assert record["config.model"] == "convnext" and record["config.max_steps"] == 2 and record["metrics.test_images"] == 5040
+    assert record["config.model"] == "convnext" and record["config.max_steps"] == 2 and record["metrics.test_images"] == record["config.test_images"] == 300
     shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
     assert sum("image/png" in o.data for o in shown) == 2  # the curve and the sheet
     assert any("top1" in o.data.get("text/html", "") for o in shown)
