@@ -139,10 +139,10 @@ def evaluate(
     progress: bool = False,  # show a bar
 ) -> pd.DataFrame:  # condition, id, file, label, prediction, correct, correct5, probability; the first two only with conditions
     "What the model says about every image under every condition, each exactly once."
-    plain, device = conditions is None, torch.device(device or (device_of(model) if isinstance(model, nn.Module) else "cpu"))
+    plain = conditions is None
     asked = (Clean(),) if plain else checked_conditions(conditions)
     check_fit(model, dataset, asked)
-    mean, std = normalization(model, mean, std)
+    device, (mean, std) = torch.device(device or device_of(model)), normalization(model, mean, std)
     class_map, maps, size = checked_map(class_map, dataset), maps_for(asked, dataset, maps), first_batch_size(batch_size, device)
     blocks = block_order(len(dataset), seed, limit)
     blocks = list(torch.cat(blocks).sort().values.split(BLOCK)) if plain else blocks

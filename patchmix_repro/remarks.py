@@ -13,8 +13,8 @@ import pandas as pd
 from statsmodels.stats.power import TTestPower
 
 from .claims import Claim, verdicts
-from .remixer_claims import remixer_verdicts
 from .ledger import FAMILY
+from .remixer_claims import remixer_verdicts
 from .remixer_records import NAMES
 from .stats import seeds_needed
 
@@ -111,8 +111,8 @@ def along(
     "Where else on its curve the difference of a claim's networks is, by itself, not zero: the other way, or either way where the claim is not decided."
     if claim.value != "kept" or not claim.x or claim.expect not in ("more", "less") or row["verdict"] not in ("seen", "contradicted", "not decided"):
         return []
-    places = [x for x in sorted(rows.loc[rows["curve"].eq(claim.curve), "x"].unique()) if x > 0 and (x != claim.x or claim.beyond is not None)]
     rows = rows[rows["curve"].eq(claim.curve)]
+    places = [x for x in sorted(rows["x"].unique()) if x > 0 and (x != claim.x or claim.beyond is not None)]
     table, said = verdicts(rows, [replace(claim, x=x, beyond=None) for x in places]) if places else pd.DataFrame(), []
     for way, sign in (("below", -1), ("above", 1)):
         found = {f"{x:g}": each["difference"] for x, each in zip(places, table.to_dict("records"), strict=True) if min(sign * each["low"], sign * each["high"]) > 0}

@@ -99,6 +99,10 @@ def _plain_mixer(block):
 def _shared_kernel(block):
     return type(block[0].fn[0]) is SharedConv2d
 
+# %% ../nbs/09_remixer.ipynb #3eeeb796
+def _gated_block(block):
+    return hasattr(block, "use_gpsa")
+
 # %% ../nbs/09_remixer.ipynb #5065a779
 class Family(NamedTuple):
     "How one family of networks is walked."
@@ -110,7 +114,7 @@ class Family(NamedTuple):
 # %% ../nbs/09_remixer.ipynb #c7b127cd
 FAMILIES = (
     Family((VisionTransformer, VisionTransformerDistilled), _vit_tokens, _vit_block, _plain_attention),
-    Family((ConVit,), _convit_tokens, _convit_block, callable),
+    Family((ConVit,), _convit_tokens, _convit_block, _gated_block),
     Family((MlpMixer,), _stem_tokens, _mixer_block, _plain_mixer),
     Family((ConvMixer,), _stem_tokens, _convmixer_block, _shared_kernel),
 )  # functions with a name, so that a remixed network can be pickled
@@ -227,13 +231,13 @@ def remix(
     "A copy of a network whose patch mixing is reweighted by object labels (ReMixer, section 2); a plain network's state dict loads with strict=False, which leaves kappa as it is."
     choose("distance", distance, DISTANCES)
     family, depth = _family(model), len(model.blocks)
-    layers = list(range(depth) if layers is None else layers if isinstance(layers, Iterable) else [repr(layers)])
-    if not layers or len(set(layers)) < len(layers) or not all(type(i) is int and 0 <= i < depth for i in layers):
+    chosen = tuple(range(depth)) if layers is None else tuple(layers) if isinstance(layers, Iterable) else ()
+    if not chosen or len(set(chosen)) < len(chosen) or not all(type(i) is int and 0 <= i < depth for i in chosen):
         raise InputError(f"layers {layers!r} of a network with {depth} blocks; allowed is a list of different whole numbers from 0 to {depth - 1}.")
     least = 2 if distance == "cosine" else 1
     if num_label_classes is not None and (type(num_label_classes) is not int or num_label_classes < least):
         raise InputError(f"num_label_classes {num_label_classes!r} with {distance} distance; allowed are whole numbers from {least}.")
-    net = Remixed(copy.deepcopy(model), family, distance, tuple(layers), num_label_classes)
+    net = Remixed(copy.deepcopy(model), family, distance, chosen, num_label_classes)
     net.training = model.training
     return net
 
