@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import timm
 import torch
 import torch.nn as nn
-from timm.models.convit import ConVit
+from timm.models.convit import GPSA, ConVit
 from timm.models.convmixer import ConvMixer
 from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import MlpMixer
@@ -25,6 +25,7 @@ from .core import InputError, choose
 from .data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from .names import IMAGE_SIZE, MODELS, STAGES, TOKENS
 from .remixer import SharedConv2d
+from .reweighting import gpsa_mixture
 
 # %% ../nbs/10_models.ipynb #6fbb42ad
 def _convnext(name, scale, **kw):
@@ -42,11 +43,22 @@ def _deit(name, scale, **kw):
     width, blocks, heads = TOKENS[name][scale]
     return VisionTransformer(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width, depth=blocks, num_heads=heads, **kw)
 
+# %% ../nbs/10_models.ipynb #5b0c3872
+class _SharedPositions(GPSA):
+    "timm's layer, with the attention by position computed once a batch."
+
+    def get_attention(self, x):
+        return gpsa_mixture(self, x)
+
 # %% ../nbs/10_models.ipynb #5b0c3873
 def _convit(name, scale, **kw):
     width, blocks, heads = TOKENS[name][scale]
-    return ConVit(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width // heads, depth=blocks, num_heads=heads,
-                  local_up_to_layer=round(blocks * 10 / 12), **kw)
+    model = ConVit(img_size=IMAGE_SIZE[scale], patch_size=IMAGE_SIZE[scale] // 14, embed_dim=width // heads, depth=blocks, num_heads=heads,
+                   local_up_to_layer=round(blocks * 10 / 12), **kw)
+    for layer in model.modules():
+        if isinstance(layer, GPSA):
+            layer.__class__ = _SharedPositions
+    return model
 
 # %% ../nbs/10_models.ipynb #46c12157
 def _relpos(name, scale, **kw):
