@@ -121,7 +121,7 @@ def test_open_choices_are_varied_one_at_a_time():
 
 
 @needs_snakemake
-@pytest.mark.parametrize("config, trainings", [(["scale=mini", "seeds=1"], 11), (["scale=paper"], 20), (["subset=choices"], 8)])
+@pytest.mark.parametrize("config, trainings", [(["scale=mini", "seeds=1"], 15), (["scale=paper"], 20), (["subset=choices"], 8)])
 def test_a_dry_run_lists_the_steps(config, trainings):
     done = snakemake("-np" if trainings == 8 else "-n", "--config", *config, "folder=runs/never")
     assert done.returncode == 0, done.stderr[-2000:]
