@@ -195,23 +195,36 @@ class Claim:
 RULE = ("seen", "contradicted", "not decided", "not testable here", "not measured yet", "one seed", "two seeds", "no spread")
 
 # %% ../nbs/14a_claims.ipynb #3d93eac5
+def _arrays(measured):
+    return {name: column.to_numpy(object if name in ("model", "mixing", "curve") else None) for name, column in measured.items()}
+
+# %% ../nbs/14a_claims.ipynb #3d93eac6
 def _at(rows, claim, x):
-    here = rows[rows["curve"].eq(claim.curve)] if x != 0 else rows[rows["curve"].eq("clean")]
-    return here if x is None or x == 0 else here[here["x"].eq(x)]
+    here = rows["curve"] == ("clean" if x == 0 else claim.curve)
+    return here if x is None or x == 0 else here & (rows["x"] == x)
+
+# %% ../nbs/14a_claims.ipynb #3d93eac7
+def _of(rows, recipe):
+    return (rows["model"] == recipe[0]) & (rows["mixing"] == recipe[1])
 
 # %% ../nbs/14a_claims.ipynb #eb4791ef
-def _per_seed(measured, recipe, claim):
-    mine = measured[measured["model"].eq(recipe[0]) & measured["mixing"].eq(recipe[1])]
-    found = _at(mine, claim, claim.x).groupby("train_seed")[claim.value].mean()
-    found = found if claim.beyond is None else found - _at(mine, claim, claim.beyond).groupby("train_seed")[claim.value].mean()
-    return found.dropna()  # a network at chance keeps nothing that has a share
+def _per_seed(rows, recipe, claim):
+    mean = lambda here: pd.Series(rows[claim.value][here], dtype=float).groupby(rows["train_seed"][here]).mean()
+    first, *then = (mean(_of(rows, recipe) & _at(rows, claim, x)) for x in (claim.x, claim.beyond)[:1 + (claim.beyond is not None)])
+    return (first - then[0] if then else first).dropna()  # a network at chance keeps nothing that has a share
 
 # %% ../nbs/14a_claims.ipynb #12c27ec3
-def _blind(measured, claim):
-    if claim.value != "kept" or "discriminates" not in measured:
+def _blind(rows, claim):
+    if claim.value != "kept" or "discriminates" not in rows:
         return False
-    recipes = pd.MultiIndex.from_frame(measured[["model", "mixing"]]).isin([claim.first, claim.second])
-    return not _at(measured[recipes], claim, claim.x)["discriminates"].astype(bool).any()
+    here = (_of(rows, claim.first) | _of(rows, claim.second)) & _at(rows, claim, claim.x)
+    return not rows["discriminates"][here].astype(bool).any()
+
+# %% ../nbs/14a_claims.ipynb #3d93eac8
+@cache
+def _published(name):
+    rows = curve(name).assign(train_seed=0, curve=lambda rows: np.where(rows["x"] > 0, name, "clean"), model=lambda rows: rows["model"].str.removesuffix("_s"))
+    return {size: _arrays(group) for size, group in rows.groupby("size", sort=False)}
 
 # %% ../nbs/14a_claims.ipynb #b8c022e6
 @cache
@@ -221,20 +234,19 @@ def published_difference(
     "The claim's number from the published curve."
     if claim.curve not in CURVES or claim.value not in ("kept", "accuracy"):
         return {}
-    rows, found = curve(claim.curve).assign(curve=claim.curve, train_seed=0), {}
-    for size, group in rows.groupby("size", sort=False):
-        group = group.assign(model=group["model"].str.removesuffix("_s"), curve=group["curve"].where(group["x"] > 0, "clean"))
-        first, second = (_per_seed(group, recipe, claim) for recipe in (claim.first, claim.second))
+    found = {}
+    for size, rows in _published(claim.curve).items():
+        first, second = (_per_seed(rows, recipe, claim) for recipe in (claim.first, claim.second))
         if len(first) and len(second):
             found[size] = float(first.iloc[0] - second.iloc[0])
     return found
 
 # %% ../nbs/14a_claims.ipynb #01a1fc86
-def _test(measured, claim):
-    first, second = (_per_seed(measured, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
+def _test(rows, claim):
+    first, second = (_per_seed(rows, recipe, claim).to_numpy(float) for recipe in (claim.first, claim.second))
     fewer, more = sorted((len(first), len(second)))
     state = "not measured yet" if not fewer else "one seed" if fewer < 2 else "two seeds" if fewer == 2 and more > 3 else ""
-    state = state or ("not testable here" if _blind(measured, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
+    state = state or ("not testable here" if _blind(rows, claim) else "no spread" if np.ptp(first) == np.ptp(second) == 0 else "")
     row = {"claim": claim.text, "seeds": f"{len(first)} + {len(second)}", "state": state, "expect": claim.expect}
     row |= {f"published {size}": value for size, value in published_difference(claim).items()}
     if len(first) and len(second):
@@ -264,7 +276,8 @@ def verdicts(
     claims: Sequence[Claim],  # of one page: Holm's family, those written later another
 ) -> pd.DataFrame:  # claim, published T, published S, first, second, difference, spread (over seeds), low, high, p, Holm p, seeds, verdict
     "Judge claims by the rule above."
-    table = pd.DataFrame([_test(measured, claim) for claim in claims])
+    rows = _arrays(measured)
+    table = pd.DataFrame([_test(rows, claim) for claim in claims])
     empty = ["published T", "published S", "first", "second", "difference", "spread", "low", "high", "way", "p_value", "p_same"]
     table = table.reindex(columns=["claim", "seeds", "state", "expect", *empty])
     asked = table[["p_value", "p_same"]].where(table["state"].eq(""))
