@@ -76,12 +76,14 @@ def browser():
         started.close()
 
 
-def look(browser, path, width):
-    "What a reader of this width sees, and every address that the page asks for."
-    page, asked = browser.new_page(viewport={"width": width, "height": 900}), []
+def look(browser, path, *widths):
+    "What a reader sees at each of these widths, and every address that the page asks for."
+    page, asked, seen = browser.new_page(viewport={"width": widths[0], "height": 900}), [], []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(path.as_uri(), wait_until="load")
-    seen = page.evaluate(LOOK)
+    for width in widths:
+        page.set_viewport_size({"width": width, "height": 900})
+        seen.append(page.evaluate(LOOK))
     page.close()
     return seen, [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
 
@@ -96,9 +98,10 @@ def broken(links):
 
 @pytest.mark.parametrize("name", ["index", *TEXTS, *PAGES])
 def test_a_page_reads_well_wide_and_on_a_phone(browser, site, name):
-    for width in (1280, 390):
-        seen, foreign = look(browser, site / f"{name}.html", width)
-        assert not foreign, f"asks for {foreign[:3]}"
+    widths = (1280, 390)
+    looks, foreign = look(browser, site / f"{name}.html", *widths)
+    assert not foreign, f"asks for {foreign[:3]}"
+    for width, seen in zip(widths, looks):
         assert not seen["broken"], f"{seen['broken']} pictures do not load"
         assert not seen["unnamed"], f"{seen['unnamed']} pictures have no words for who cannot see them: give the cell a #| fig-alt line"
         assert seen["levels"][0] == 1 and seen["levels"].count(1) == 1, "one title, first"
@@ -110,8 +113,8 @@ def test_a_page_reads_well_wide_and_on_a_phone(browser, site, name):
 
 def test_a_page_with_a_fault_is_seen(browser, tmp_path):
     (tmp_path / "bad.html").write_text('<h2>Not a title</h2><img src="nothing.png"><div style="width:900px">wide</div><a href="gone.html">a</a><a href="bad.html#gone">b</a><a id="here" href="#here">c</a>', encoding="utf-8")
-    seen, _ = look(browser, tmp_path / "bad.html", 390)
-    assert seen["broken"] == 1 and seen["levels"] == [2] and seen["over"] > 1 and seen["unnamed"] == 1
+    (wide, seen), _ = look(browser, tmp_path / "bad.html", 1280, 390)
+    assert wide["over"] <= 1 and seen["broken"] == 1 and seen["levels"] == [2] and seen["over"] > 1 and seen["unnamed"] == 1
     assert [Path(link).name for link in broken(seen["links"])] == ["gone.html", "bad.html#gone"]
 
 
