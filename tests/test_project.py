@@ -142,6 +142,14 @@ def test_the_first_code_cell_of_a_run_holds_its_parameters(path):
         ast.literal_eval(statement.value)
 
 
+@pytest.mark.parametrize("path", RUNS, ids=[p.stem for p in RUNS])
+def test_a_run_checks_its_parameters_before_anything_else(path):
+    "So that a misspelt name stops it, as `papermill -p modle convnext` is tested to do."
+    sources = [c.source for c in read(path, "code")[1:]]
+    first = next(source for source in sources if not all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in python(source).body))
+    assert re.match(r"config = (config_from\(globals\(\)\)|checked\(\w+Config, globals\(\)\))$", first.splitlines()[0])
+
+
 # ---- export ----
 
 @pytest.fixture(scope="module")
