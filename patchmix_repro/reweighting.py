@@ -217,7 +217,8 @@ def gpsa_mixture(
 ) -> torch.Tensor:  # b heads n n, rows sum to 1
     "The gated mixture of content and position attention, before dropout (ConViT)."
     n = x.shape[1]
-    if gpsa.rel_indices.shape[1] != n:
+    foreign = not torch.compiler.is_compiling() and gpsa.rel_indices.is_inference() and not torch.is_inference_mode_enabled()  # no gradient would pass
+    if foreign or gpsa.rel_indices.shape[1] != n:
         gpsa.rel_indices = gpsa.get_rel_indices(n)
     q, k = rearrange(gpsa.qk(x), "b n (two h d) -> two b h n d", two=2, h=gpsa.num_heads)
     content = ((q @ k.mT) * gpsa.scale).softmax(-1)

@@ -1,6 +1,9 @@
 """timm's classes in the papers' geometry."""
+import copy
+
 import pytest
 import torch
+from timm.models.convit import GPSA
 
 from patchmix_repro.core import InputError
 from patchmix_repro.data import create_dataset
@@ -39,6 +42,29 @@ def test_convit_has_deit_width():
     with torch.device("meta"):
         convit = create_model("convit", "paper", 1000)
     assert convit.embed_dim == 384 and [b.use_gpsa for b in convit.blocks] == [True] * 10 + [False] * 2
+
+
+def test_convit_is_timms_convit():
+    torch.manual_seed(0)
+    ours = create_model("convit", "mini").double().eval()
+    theirs = copy.deepcopy(ours)
+    for block in theirs.blocks[:5]:
+        block.attn.__class__ = GPSA
+        block.attn.gating_param.data.uniform_(-1, 1)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(3, 3, 56, 56, dtype=torch.float64)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-12)
+    assert all(torch.allclose(one.grad, other.grad, rtol=1e-9, atol=1e-12) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_that_was_looked_at_in_inference_mode_can_be_trained(name):
+    model = create_model(name)
+    with torch.inference_mode():
+        model(torch.rand(2, 3, 56, 56))
+    model(torch.rand(2, 3, 56, 56)).sum().backward()
 
 
 def test_relative_positions_are_all_that_tells_patches_apart():

@@ -73,6 +73,15 @@ def test_other_kernels_are_refused(shape):
         shared_conv(torch.zeros(1, 2, 5, 5), torch.zeros(shape))
 
 
+@given(st.integers(1, 18), st.integers(1, 18), st.sampled_from([1, 3, 5, 9]), st.booleans())
+def test_the_layer_convolves_on_every_grid(h, w, size, last):
+    generator = torch.Generator().manual_seed(h * 100 + w)
+    layer = SharedConv2d(size).double()
+    x = torch.rand(2, 3, h, w, dtype=torch.float64, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    assert torch.allclose(layer(x), shared_conv(x, layer.weight, layer.bias), atol=1e-12)
+
+
 def test_memory_format_is_kept():
     x = torch.rand(2, 8, 14, 14).to(memory_format=torch.channels_last)
     assert SharedConv2d(9)(x).is_contiguous(memory_format=torch.channels_last)
