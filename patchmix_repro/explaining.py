@@ -137,7 +137,7 @@ def explain_batch(
     "c-RISE of occluded images for the classes of their own parts."
     x = normalize(part.images, *normalization(model, mean, std)).to(device_of(model))
     contrast = contrast or ("runner_up" if part.donors is None else "donor")
-    donor = None if part.donors is None else part.donors.to(x.device)
+    donor = part.donors.to(x.device) if contrast == "donor" and part.donors is not None else None
     found = crise(model, x, part.labels.to(x.device), contrast, donor, **{"num_masks": 500, "method": METHOD} | options)
     with evaluating(model, x):
         return Explained(part, found.map.cpu(), model(x).argmax(1).cpu())

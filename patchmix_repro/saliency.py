@@ -257,6 +257,8 @@ def against_ids(
     logits: Tensor,  # b k of the whole images
 ) -> Tensor | None:  # int64 b; None: all other classes
     "The class that the target is held against."
+    if donor is not None and not (isinstance(contrast, str) and contrast == "donor"):
+        raise InputError(f"donor beside contrast {contrast!r}, which does not read it. Leave donor out, or give contrast 'donor'.")
     if contrast is not None and not isinstance(contrast, str):
         ids = class_ids("contrast", contrast, logits)
     elif choose("contrast", contrast, ("donor", "runner_up", "rest")) == "rest":

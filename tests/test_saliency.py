@@ -272,7 +272,7 @@ def test_impossible_options_are_refused(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "without donor"), ({"donor": 9}, "0 to 3"), ({"donor": torch.tensor([0, 1])}, "1 of 2"), ({"contrast": "others"}, "unknown contrast"),
+        ({}, "without donor"), ({"contrast": "rest", "donor": 1}, "does not read it"), ({"contrast": 2, "donor": 1}, "does not read it"), ({"donor": 9}, "0 to 3"), ({"donor": torch.tensor([0, 1])}, "1 of 2"), ({"contrast": "others"}, "unknown contrast"),
         ({"contrast": torch.tensor([1, 7])}, "0 to 3"), ({"contrast": "rest", "score": "p"}, "unknown score"), ({"contrast": None}, "unknown contrast None"),
         ({"contrast": {}}, "contrast is {}.*int64 class ids"), ({"donor": "cat"}, "donor is 'cat'"),
     ],
