@@ -48,7 +48,7 @@ class _SharedPositions(GPSA):
     "timm's layer, with the attention by position computed once a batch."
 
     def get_attention(self, x):
-        return gpsa_mixture(self, x)
+        return self.attn_drop(gpsa_mixture(self, x))
 
 # %% ../nbs/10_models.ipynb #5b0c3873
 def _convit(name, scale, **kw):
