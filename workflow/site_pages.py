@@ -83,7 +83,7 @@ def write_site(pages, front, folder):
     "Write index.html from Markdown and one page for each executed notebook: name -> path."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, filters={"clean_html": lambda html: html})  # highlighted code is escaped already
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, filters={"clean_html": lambda html: html})  # the clone's own notebooks: nothing to sanitise
     for name, path in pages.items():
         body, _ = exporter.from_notebook_node(described(nbformat.read(path, as_version=4)))
         (folder / f"{name}.html").write_text(page(name.replace("_", " "), f'<p><a href="index.html">All pages</a></p>{relink(slugged(body), pages, folder)}'), encoding="utf-8")
