@@ -192,8 +192,10 @@ class SharedConv2d(nn.Conv2d):
         h, w = x.shape[-2:]
         if h * w > MATRIX_UP_TO:
             return shared_conv(x, self.weight, self.bias)
-        y = (x.flatten(2) @ conv_matrix(self.weight, h, w).mT + self.bias).unflatten(2, (h, w))
-        return y.contiguous(memory_format=torch.channels_last) if x.is_contiguous(memory_format=torch.channels_last) else y
+        matrix = conv_matrix(self.weight, h, w)
+        if x.is_contiguous(memory_format=torch.channels_last):  # its own order, so that nothing is copied
+            return rearrange(matrix @ rearrange(x, "b c h w -> b (h w) c") + self.bias, "b (h w) c -> b c h w", h=h)
+        return (x.flatten(2) @ matrix.mT + self.bias).unflatten(2, (h, w))
 
 # %% ../nbs/08c_reweighting.ipynb #deb55e84
 def remix_conv(

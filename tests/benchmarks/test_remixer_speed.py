@@ -3,13 +3,16 @@
 All forms take turns in one run, so a busy machine slows all of them alike. `extra_info` holds the ratios.
 """
 
+import copy
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_saliency_speed import totals
+from timm.models.convit import GPSA
 
+from patchmix_repro import reweighting
 from patchmix_repro.models import create_model
 from patchmix_repro.remixer import label_distance, remix, remix_attention
 
@@ -82,3 +85,28 @@ def test_training_step(benchmark, device, name):
                                 seconds=taken)
     print(name, json.dumps(benchmark.extra_info, indent=1))
     benchmark.pedantic(forms["learnt"], rounds=1)
+
+
+def direct(model):
+    "The same network as a step computes it without our form: ConvMixer by convolutions, ConViT by timm's attention."
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, GPSA):
+            layer.__class__ = GPSA
+        elif isinstance(layer, reweighting.SharedConv2d):
+            layer.forward = lambda x, layer=layer: reweighting.shared_conv(x, layer.weight, layer.bias)
+    return model
+
+
+@pytest.mark.parametrize("name", ["convmixer", "convit"])
+def test_step_over_direct_form(benchmark, device, name):
+    "The plain networks at mini, as they train here: shared kernels as a matrix, attention by position once a batch."
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 56, 56, device=device)
+    model = create_model(name).to(device)
+    calls = {form: step_of(net, x) for form, net in (("ours", model), ("direct", direct(model)))}
+    totals(calls, 1)
+    taken = totals(calls, 7)
+    benchmark.extra_info.update(threads=torch.get_num_threads(), device=device.type, ours_over_direct=taken["ours"] / taken["direct"], seconds=taken)
+    print(name, json.dumps(benchmark.extra_info, indent=1))
+    benchmark.pedantic(calls["ours"], rounds=1)
