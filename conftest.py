@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from jupyter_client.connect import LocalPortCache
+from warm_kernels import warm
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,8 +43,9 @@ def own_ports(number):
 
 
 def pytest_configure(config):
-    "One folder for the figures of all processes, and ports for each one's kernels."
+    "One folder for the figures of all processes, and kernels that begin quickly, with ports of their own."
     own_ports(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+    warm()
     if not hasattr(config, "workerinput"):
         os.environ["PATCHMIX_DRAWN"] = tempfile.mkdtemp(prefix="drawn-")
 

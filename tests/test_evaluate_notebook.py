@@ -1,6 +1,4 @@
 """evaluate.ipynb through papermill: the shipped networks, timm's, wrong parameters, the same kernel twice."""
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,13 +65,6 @@ def test_the_notebook_can_be_run_again_in_the_same_kernel(tmp_path):
     notebook.cells = [code[0], values, *code[1:], *[nbformat.v4.new_code_cell(c.source) for c in code[1:]]]
     NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
     assert len(list((tmp_path / "run" / "records").iterdir())) == 1
-
-
-def test_a_misspelt_parameter_stops_papermill(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(EVALUATE), str(tmp_path / "out.ipynb"), "-p", "pretraind", "convnext"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "did you mean 'pretrained'?" in done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.ipynb"]
 
 
 @pytest.fixture(scope="module")

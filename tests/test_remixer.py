@@ -712,7 +712,7 @@ def one_of_two(rank, address, results):
 
 
 def test_two_processes(tmp_path):
-    other, threads = torch.multiprocessing.get_context("spawn").Process(target=one_of_two, args=(1, str(tmp_path / "meet"), str(tmp_path))), torch.get_num_threads()
+    other, threads = torch.multiprocessing.get_context("forkserver").Process(target=one_of_two, args=(1, str(tmp_path / "meet"), str(tmp_path))), torch.get_num_threads()
     other.start()
     one_of_two(0, str(tmp_path / "meet"), str(tmp_path))
     other.join(), torch.set_num_threads(threads)

@@ -34,7 +34,8 @@ def filtered(tmp_path_factory):
     code = "import sys, pathlib, traceback\nfrom nbdev.cli import nbdev_filter\nout = pathlib.Path(sys.argv[1])\n"
     code += "for name in map(pathlib.Path, sys.argv[2:]):\n    try: text, end = nbdev_filter(fname=name, printit=False), '.ipynb'\n"
     code += "    except BaseException: text, end = traceback.format_exc(), '.error'\n"
-    code += "    (out / (name.stem + end)).write_text(text, encoding='utf-8')"
+    code += "    (out / (name.stem + end)).write_text(text, encoding='utf-8')\n"
+    code += "__import__('os')._exit(0)"  # without: IPython collects garbage once for each of its shells, of which there is one a notebook
     subprocess.run([sys.executable, "-c", code, folder, *PAGES.values()], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "MPLBACKEND": "agg"})
     return folder
 

@@ -174,8 +174,9 @@ def stopped(arguments, folder, how, cwd):
 
 
 @needs_snakemake
-def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path):
+def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path, monkeypatch):
     "Stopped by Ctrl-C, then as by a power cut: what is finished stays, nothing is half written."
+    monkeypatch.setenv("PATCHMIX_PRECISION", sweep_of({}).precision)  # what each start of snakemake would find by importing torch
     folder = tmp_path / "sweep"
     arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
     finished = stopped(arguments, folder, signal.SIGINT, graph)
