@@ -18,7 +18,7 @@ from .again import again_words, trained_again
 from .config import train_config
 from .core import InputError, project_root
 from .home import in_short
-from .plan import Step, Sweep, place_of, steps_of
+from .plan import SUBSETS, Step, Sweep, place_of, steps_of
 from .report_card import report_card
 from .versions import outdated
 
@@ -113,6 +113,6 @@ def front_page(
     lines = [f"| {kind} | {row['runs']:.0f} | {row['minutes']:.1f} | {row['longest']:.1f} | {row['memory']:.1f} |" for kind, row in times.iterrows()]
     made = [f"{older['part'].nunique()} of {len(store.read(records))} records were made by an older version of the library:", "", *(f"- {row.run_id}: {row.modules}" for row in older.itertuples())]
     seeds = f"seed {sweep.first}" if sweep.seeds == 1 else f"seeds {sweep.first} to {sweep.first + sweep.seeds - 1}"
-    warning = ["The trainings stopped after two steps: this tries the graph, and its numbers mean nothing.", ""] if sweep.subset == "smoke" else []
+    warning = ["The trainings stopped after two steps: this tries the graph, and its numbers mean nothing.", ""] if SUBSETS[sweep.subset].max_steps else []
     return "\n".join([f"# {sweep.data}, {sweep.scale}, {sweep.subset}: {seeds}", "", *warning, card, "## Pages", "", *pages, "", "## Records", "", *(made if len(older) else ["All records were made by this version of the library."]), "", again_words(trained_again(records)), "",
                       "## Time", "", "| step | runs | minutes | longest | memory, GB |", "|---|---|---|---|---|", *lines, ""])

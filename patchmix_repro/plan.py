@@ -50,6 +50,7 @@ LISTED = (  # the main networks of each table
 # %% ../nbs/16_plan.ipynb #e16bcea6
 SUBSETS = {
     "smoke": Subset((("deit", "timm"), ("deit", "remixer mask")), ("replacement", "remixer_kappa", "report"), 16, 2, 8, 16, 0, 2),
+    "trial": Subset(LISTED, None, 40, 2, 8, 24, 16, 2),
     "listed": Subset(LISTED, None, 1000, 10, 500, 1000, 100),
     "full": Subset(None, None, None, 100, 500, None, 500, choices=tuple(CHOICES)),
     "choices": Subset((("convnext", "switch"),), ("varied",), 1000, 0, 0, 0, 0, choices=tuple(CHOICES)),
