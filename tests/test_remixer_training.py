@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -280,24 +278,11 @@ def test_shipped_networks_still_load(name):
 
 # ---- several processes ----
 
-TWO = """
-import json, sys
-from patchmix_repro.config import train_config
-from patchmix_repro.training import train
-for given in json.loads(sys.argv[1]):
-    train(train_config(**given), progress=False)
-"""
-
-
-def test_two_processes_are_one_run(photos, teacher, tmp_path):
+def test_two_processes_are_one_run(photos, teacher, in_two_processes, tmp_path):
     "In memory with masks, and streamed with dense labels: the weights agree up to the order of a sum."
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
     small = dict(model="deit", remixer=True, batch_size=8, max_steps=2, warmup_epochs=0, lr=1e-4, kappa_lr=100.0, drop_path=0.0, ema_decay=0.0, **CPU)
     runs = {"stream": small | dict(data="folder", root=str(photos), labels=f"dense:{teacher}", token_labels=True, augmentation=POLICY), "memory": small}
-    given = [how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()]
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90),
-                    str(script), json.dumps(given)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    in_two_processes([how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()])
     for kind, how in runs.items():
         run = training.train(train_config(**how, out=str(tmp_path / "1" / kind)), progress=False)
         one, two = (load_file(tmp_path / n / kind / "model.safetensors") for n in "12")

@@ -31,11 +31,11 @@ LOOK = """() => ({
 def filtered(tmp_path_factory):
     "Every notebook as nbdev_filter hands it to Quarto, or the error it stops with; one process for all."
     folder = tmp_path_factory.mktemp("filtered")
-    code = "import sys, pathlib, traceback\nfrom nbdev.cli import nbdev_filter\nout = pathlib.Path(sys.argv[1])\n"
+    code = "import os, sys, pathlib, traceback\nfrom nbdev.cli import nbdev_filter\nout = pathlib.Path(sys.argv[1])\n"
     code += "for name in map(pathlib.Path, sys.argv[2:]):\n    try: text, end = nbdev_filter(fname=name, printit=False), '.ipynb'\n"
     code += "    except BaseException: text, end = traceback.format_exc(), '.error'\n"
     code += "    (out / (name.stem + end)).write_text(text, encoding='utf-8')\n"
-    code += "__import__('os')._exit(0)"  # without: IPython collects garbage once for each of its shells, of which there is one a notebook
+    code += "os._exit(0)"  # without: IPython collects garbage once for each of its shells, of which there is one a notebook
     subprocess.run([sys.executable, "-c", code, folder, *PAGES.values()], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "MPLBACKEND": "agg"})
     return folder
 

@@ -315,27 +315,13 @@ def test_a_batch_that_processes_cannot_share():
             training.launch(train_config(processes=2))
 
 
-TWO = """
-import json, sys
-from patchmix_repro.config import train_config
-from patchmix_repro.training import train
-for given in json.loads(sys.argv[1]):
-    train(train_config(**given), progress=False)
-"""
-
-
-def test_two_processes_are_one_run(photos, tmp_path):
+def test_two_processes_are_one_run(photos, in_two_processes, tmp_path):
     "In memory and streamed: same order, same mixing over the global batch; the weights agree up to the order of a sum."
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
     small = dict(model="deit", batch_size=16, max_steps=3, device="cpu", drop_path=0.0, workers=0)
     runs = {"memory": small, "stream": small | dict(data="folder", root=str(photos), augmentation="rand-m9-mstd0.5-inc1")}
-    given = [how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 400),
-                    str(script), json.dumps(given)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    in_two_processes([how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()])
     for kind, how in runs.items():
         training.train(train_config(**how, out=str(tmp_path / "1" / kind)), progress=False)
-    for kind in ("memory", "stream"):
         one, two = (load_file(tmp_path / str(n) / kind / "model.safetensors") for n in (1, 2))
         assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5, kind
         metas = [json.loads((state.checkpoints(tmp_path / str(n) / kind)[-1] / "state.json").read_text()) for n in (1, 2)]

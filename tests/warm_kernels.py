@@ -69,7 +69,8 @@ def warm():
     context.set_forkserver_preload(list(LOADED))
 
     def launch_kernel(cmd, cwd=None, env=None, **others):
-        ours = os.path.realpath(cmd[0]) == os.path.realpath(sys.executable) and cmd[1:3] == ["-m", "ipykernel_launcher"]
+        ours = cmd[0] == sys.executable and cmd[1:3] == ["-m", "ipykernel_launcher"]
         return Forked(context, cmd, dict(os.environ if env is None else env), cwd or os.getcwd()) if ours else usual(cmd, cwd=cwd, env=env, **others)
 
+    launch_kernel.usual = usual
     local_provisioner.launch_kernel = launch_kernel
