@@ -142,9 +142,10 @@ def times_fewer(
 ) -> Interval:  # 0 where the method does not get there; never above plain / smallest count
     "How many times fewer masks a method needs than `plain` masks of RISE, with a percentile bootstrap over images."
     curves = table.groupby(["method", "masks", "image"]).spearman.mean().unstack()
-    other, rise = curves.loc[choose("method", method, METHODS)], curves.loc["rise"].loc[plain]
-    picks = np.random.default_rng(0).integers(curves.shape[1], size=(draws, curves.shape[1]))
-    masks = [needed(other.iloc[:, p].mean(axis=1), rise.iloc[p].mean()) for p in (range(curves.shape[1]), *picks)]
+    other, rise = curves.loc[choose("method", method, METHODS)], curves.loc["rise"].loc[plain].to_numpy()
+    picks = [np.arange(curves.shape[1]), *np.random.default_rng(0).integers(curves.shape[1], size=(draws, curves.shape[1]))]
+    means = other.to_numpy()[:, picks].mean(axis=2)  # one column a pick
+    masks = [needed(pd.Series(mean, other.index), rise[pick].mean()) for mean, pick in zip(means.T, picks, strict=True)]
     found = plain / np.nan_to_num(masks, nan=np.inf)
     return Interval(float(found[0]), *np.quantile(found[1:], [(1 - level) / 2, (1 + level) / 2]).tolist(), curves.shape[1])
 
