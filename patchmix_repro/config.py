@@ -78,7 +78,7 @@ class ChoiceFields:
 class TrialFields:
     "How much of a training and of its test is run; None for all of it."
     max_steps: int | None = None  # stop after so many steps
-    test_images: int | None = None  # a keyed sample of the test split
+    test_images: int | None = None  # a keyed sample of the test split, and of the validation split, for a trial; None: all
 
 # %% ../nbs/10a_config.ipynb #4a9fd746
 @dataclass(frozen=True)

@@ -122,16 +122,17 @@ def validate(
     accelerator: Accelerator,  # each process takes every so-many-th sample
     labels: LabelMaps | None = None,  # of the split
 ) -> dict:  # val_loss, val_accuracy
-    "Loss and accuracy of the averaged weights over every validation sample, once."
+    "Loss and accuracy of the averaged weights over every validation sample, once; of a trial, over a keyed sample of `config.test_images`."
     model = state.ema.module if state.ema else accelerator.unwrap_model(state.model)
-    ids = torch.arange(len(dataset))[accelerator.process_index::accelerator.num_processes]
+    shown = torch.randperm(len(dataset), generator=keyed_generator(0, "validation"))[: config.test_images].sort().values
+    ids = shown[accelerator.process_index::accelerator.num_processes]
     given = patch_labels_of(labels) if config.remixer else None
     logits = predict(model, dataset, ids, device=accelerator.device, dtype=dtype_of(config, accelerator.device), workers=config.workers, labels=given)
     true = dataset.labels[ids]
     loss = nn.functional.cross_entropy(logits, true, reduction="none")
     rows = gather_object(list(zip(ids.tolist(), loss.tolist(), (logits.argmax(1) == true).tolist())))
-    if sorted(i for i, _, _ in rows) != list(range(len(dataset))):
-        raise InputError(f"validation saw {len(rows)} samples of {len(dataset)}. Start every process with the same configuration.")
+    if sorted(i for i, _, _ in rows) != shown.tolist():
+        raise InputError(f"validation saw {len(rows)} samples of {len(shown)}. Start every process with the same configuration.")
     _, losses, right = zip(*sorted(rows))
     if not math.isfinite(sum(losses)):
         raise NonFiniteError(f"validation loss is not finite after step {state.step}. The last checkpoint is kept; lower lr or set clip_grad.")
