@@ -1,11 +1,8 @@
 """What every test shares: nbval made to agree with nbdev, a folder for what the pages draw, repeatable hypothesis runs, and where the photographs lie."""
-import json
 import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -97,21 +94,3 @@ def graph(tmp_path):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
-
-
-TWO = """
-import json, sys
-from patchmix_repro.config import train_config
-from patchmix_repro.training import train
-for given in json.loads(sys.argv[1]):
-    train(train_config(**given), progress=False)
-"""
-
-
-@pytest.fixture
-def in_two_processes(tmp_path):
-    "A function that trains configurations, one after the other, in two processes of one thread each."
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    return lambda given: subprocess.run([*command, json.dumps(given)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

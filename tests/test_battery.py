@@ -1,14 +1,10 @@
 """Blocks, conditions, resumption, and what the rows say: every image once under every condition, whatever interrupts."""
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from children import evaluate_slowly, killed, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -392,30 +388,9 @@ def test_a_torn_part_is_reported_and_measured_again(tmp_path, dataset, rows):
     assert store.verify(tmp_path / "parts").empty
 
 
-SLOW = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_battery import CONDITIONS, Linear, evaluate, images
-
-class Slow(Linear):
-    def forward(self, x):
-        time.sleep(0.005)
-        return super().forward(x)
-
-Slow.__name__ = "Linear"
-evaluate(Slow(), images({n}), CONDITIONS, out={out!r})
-"""
-
-
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     n, parts = 5 * BLOCK, tmp_path / "out" / "parts"
-    script = SLOW.format(tests=os.path.dirname(__file__), n=n, out=str(tmp_path / "out"))
-    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
-    while not (parts.is_dir() and len(list(parts.glob("part-*.parquet"))) >= 2):
-        assert process.poll() is None, "ended before it was killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed(start(evaluate_slowly, n, tmp_path / "out"), lambda: len(list(parts.glob("part-*.parquet"))) >= 2)
     done, model = len(list(parts.glob("part-*.parquet"))), Linear()
     resumed = evaluate(model, images(n), CONDITIONS, out=tmp_path / "out")
     assert 2 <= done < 5 and model.calls == (5 - done) * forward_passes(BLOCK) * len(CONDITIONS)

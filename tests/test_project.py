@@ -333,7 +333,7 @@ def test_the_readme_lists_every_notebook():
     assert sorted(target for _, target in listed) == sorted(NAMES)
 
 
-@pytest.mark.parametrize(("name", "ending"), [("run", "papermill nbs/train.ipynb out.ipynb -p model convnext"), ("test", "nbdev_test --skip_folder_re '^([_.]|results$)' && pytest -n 2")])
+@pytest.mark.parametrize(("name", "ending"), [("run", "papermill nbs/train.ipynb out.ipynb -p model convnext"), ("test", "nbdev_test --skip_folder_re '^([_.]|results$)' && pytest -n 3")])
 def test_the_readme_prints_each_command_on_one_line(name, ending):
     line = re.search(rf"<!-- command: {name} -->\n```bash\n(.*)\n```", README)[1]
     assert line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e '.[")

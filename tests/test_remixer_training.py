@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from children import killed, start, train
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import CPU, ends, kill_when, start
+from test_training import CPU, ends
 from test_train_notebook import run as run_notebook
 
 from patchmix_repro import batches, filing, paired, state, store, training
@@ -72,7 +73,7 @@ def whole(photos, teacher, tmp_path_factory):
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 needs a POSIX system")
 def test_kill_and_resume_is_exact(photos, teacher, whole, tmp_path):
     config = tokens(photos, teacher, tmp_path / "killed")
-    kill_when(start(config), lambda: (tmp_path / "killed" / "checkpoints" / "step-000000002").exists())  # mid-epoch
+    killed(start(train, config), lambda: (tmp_path / "killed" / "checkpoints" / "step-000000002").exists())  # mid-epoch
     assert state.checkpoints(config.out)[-1].name < "step-000000008"  # of 8
     training.train(config, progress=False)
     (tensors, meta, model), (again, meta_again, model_again) = ends(whole.folder), ends(config.out)
@@ -274,21 +275,6 @@ def test_validation_uses_the_labels(learnt):
 def test_shipped_networks_still_load(name):
     model, card = training.load_model(project_root() / "results" / "checkpoints" / name)
     assert not isinstance(model, Remixed) and "remixer" not in card["config"] and len(card["classes"]) == 9
-
-
-# ---- several processes ----
-
-def test_two_processes_are_one_run(photos, teacher, in_two_processes, tmp_path):
-    "In memory with masks, and streamed with dense labels: the weights agree up to the order of a sum."
-    small = dict(model="deit", remixer=True, batch_size=8, max_steps=2, warmup_epochs=0, lr=1e-4, kappa_lr=100.0, drop_path=0.0, ema_decay=0.0, **CPU)
-    runs = {"stream": small | dict(data="folder", root=str(photos), labels=f"dense:{teacher}", token_labels=True, augmentation=POLICY), "memory": small}
-    in_two_processes([how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()])
-    for kind, how in runs.items():
-        run = training.train(train_config(**how, out=str(tmp_path / "1" / kind)), progress=False)
-        one, two = (load_file(tmp_path / n / kind / "model.safetensors") for n in "12")
-        assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5, kind
-        rows = json.loads((state.checkpoints(tmp_path / "2" / kind)[-1] / "state.json").read_text())["history"][0]
-        assert rows["train_loss"] == pytest.approx(run.history.train_loss[0], rel=1e-5) and rows["val_loss"] == pytest.approx(run.history.val_loss[0], rel=1e-4)
 
 
 # ---- configuration ----

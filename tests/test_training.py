@@ -5,16 +5,13 @@ import os
 import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from children import killed, start, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,39 +46,6 @@ def small(root, out, **kw):
     return train_config(**(given | kw))
 
 
-CHILD = """
-import json, sys, time
-import patchmix_repro.state as s, patchmix_repro.training as t
-from patchmix_repro.config import train_config
-given, hold = json.loads(sys.argv[1]), int(sys.argv[2])
-write = s.save_file
-def torn(tensors, path, *a):
-    "Half a file, a sign for the parent, and a long wait: the kill falls into the save."
-    write(tensors, path, *a)
-    if int(str(path).split("step-")[1][:9]) >= hold:
-        open(path, "r+b").truncate(1000)
-        open(sys.argv[3], "w").close()
-        time.sleep(600)
-s.save_file = torn if hold else write
-t.train(train_config(**given), progress=False)
-"""
-
-
-def start(config, hold=0, sign=""):
-    given = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", CHILD, json.dumps(given), str(hold), str(sign)])
-
-
-def kill_when(child, condition):
-    "kill -9 as soon as the condition holds; the child must still be running then."
-    end = time.monotonic() + 240
-    while not condition():
-        assert child.poll() is None and time.monotonic() < end, "the run ended before it could be killed"
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-
-
 def ends(out):
     "What must be equal: the last checkpoint's tensors, the metric rows without timings, the exported model."
     last = state.checkpoints(out)[-1]
@@ -93,15 +57,17 @@ def ends(out):
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 needs a POSIX system")
 def test_kill_and_resume_is_exact(photos, tmp_path):
     whole, config = small(photos, tmp_path / "whole"), small(photos, tmp_path / "killed")
-    assert start(whole).wait() == 0
-    kill_when(start(config), lambda: (Path(config.out) / "checkpoints" / "step-000000004").exists())  # mid-epoch
+    training.train(whole, progress=False)
+    killed(start(train, config), lambda: (Path(config.out) / "checkpoints" / "step-000000004").exists())  # mid-epoch
     reached = [p.name for p in state.checkpoints(config.out)]
     assert reached and reached[-1] < "step-000000020"  # of 20 steps in all
     sign = tmp_path / "saving"
-    kill_when(start(config, hold=14, sign=sign), sign.exists)  # during a save
+    killed(start(train, config, 14, sign), sign.exists)  # during a save
     assert list(Path(config.out).glob("checkpoints/.step-*.tmp")), "the kill was meant to leave a torn save"
     assert state.checkpoints(config.out)[-1].name == "step-000000012"
-    assert start(config).wait() == 0
+    again = start(train, config)
+    again.join()
+    assert again.exitcode == 0
     tensors, meta, model = ends(whole.out)
     tensors_again, meta_again, model_again = ends(config.out)
     assert tensors.keys() == tensors_again.keys() and all(torch.equal(v, tensors_again[k]) for k, v in tensors.items())
@@ -110,7 +76,7 @@ def test_kill_and_resume_is_exact(photos, tmp_path):
 
 
 def test_in_memory_resume_is_exact(tmp_path):
-    given = dict(model="convnext", batch_size=16, max_steps=4, checkpoint_every=1, drop_path=0.3) | CPU
+    given = dict(model="convnext", batch_size=16, max_steps=4, test_images=100, checkpoint_every=1, drop_path=0.3) | CPU
     config = train_config(**given, out=str(tmp_path / "a"))
     training.train(config, progress=False)
     whole = ends(config.out)
@@ -313,22 +279,6 @@ def test_a_batch_that_processes_cannot_share():
     if torch.cuda.device_count() < 2:
         with pytest.raises(InputError, match="processes 2 with . GPUs"):
             training.launch(train_config(processes=2))
-
-
-def test_two_processes_are_one_run(photos, in_two_processes, tmp_path):
-    "In memory and streamed: same order, same mixing over the global batch; the weights agree up to the order of a sum."
-    small = dict(model="deit", batch_size=16, max_steps=3, device="cpu", drop_path=0.0, workers=0)
-    runs = {"memory": small, "stream": small | dict(data="folder", root=str(photos), augmentation="rand-m9-mstd0.5-inc1")}
-    in_two_processes([how | {"out": str(tmp_path / "2" / kind)} for kind, how in runs.items()])
-    for kind, how in runs.items():
-        training.train(train_config(**how, out=str(tmp_path / "1" / kind)), progress=False)
-        one, two = (load_file(tmp_path / str(n) / kind / "model.safetensors") for n in (1, 2))
-        assert max(float((one[k] - two[k]).abs().max()) for k in one) < 2e-5, kind
-        metas = [json.loads((state.checkpoints(tmp_path / str(n) / kind)[-1] / "state.json").read_text()) for n in (1, 2)]
-        assert [m["made"]["processes"] for m in metas] == [1, 2]
-        first, second = (m["history"][0] for m in metas)
-        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
-        assert first["val_loss"] == pytest.approx(second["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("able", "precision", "warned"), [(False, "bfloat16", True), (True, "bfloat16", False), (False, "float32", False), (False, "auto", False)])

@@ -68,11 +68,10 @@ def test_a_sweep_at_mini_trains_as_its_cpu_can(monkeypatch, able, chosen):
 
 
 @needs_snakemake
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_a_job_keeps_the_precision_of_the_machine_that_started_the_sweep(precision):
-    found = snakemake("-n", "--config", "subset=smoke", PATCHMIX_PRECISION=precision)
-    named = "shapes9-mini-smoke-s0/" if precision == "bfloat16" else "shapes9-mini-smoke-s0-float32/"
-    assert found.returncode == 0 and named in found.stdout + found.stderr
+def test_a_job_keeps_the_precision_of_the_machine_that_started_the_sweep():
+    unlike = {"bfloat16": "float32", "float32": "bfloat16"}[sweep_of({}).precision]
+    found = snakemake("-n", "--config", "subset=smoke", PATCHMIX_PRECISION=unlike)
+    assert found.returncode == 0 and f"{place_of(sweep_of({'subset': 'smoke', 'precision': unlike}))}/" in found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("config, message", [({"seed": 1}, "did you mean 'seeds'"), ({"scale": "tiny"}, "unknown scale"), ({"seeds": "two"}, "allowed is int"), ({"seeds": 0}, "at least one seed"), ({"subset": "ful"}, "did you mean 'full'"), ({"scale": "paper", "seeds": 3}, "paper with seeds. It plans"), ({"scale": "paper", "data": "shapes9", "subset": "full"}, "paper with data, subset.* leave them out")])
@@ -181,8 +180,6 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path, m
     arguments = ["-c2", "--config", "subset=smoke", f"folder={folder}"]
     finished = stopped(arguments, folder, signal.SIGINT, graph)
     finished |= stopped(arguments, folder, signal.SIGKILL, graph)
-    locked = snakemake(*arguments, cwd=graph)
-    assert locked.returncode and "--unlock" in locked.stdout + locked.stderr
     assert snakemake("--unlock", *arguments, cwd=graph).returncode == 0
     second = snakemake(*arguments, cwd=graph)
     assert second.returncode == 0, second.stderr[-3000:]
@@ -199,6 +196,3 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path, m
         assert (page.parent / link).exists(), f"{page.name}: {link}"
     third = snakemake(*arguments, cwd=graph)
     assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr
-    unlike = {"bfloat16": "float32", "float32": "bfloat16"}[sweep_of({}).precision]
-    other = snakemake("-n", *arguments, f"precision={unlike}", cwd=graph)
-    assert re.search(r"^train\s+2$", other.stdout + other.stderr, re.MULTILINE), "another parameter runs again what depends on it"
