@@ -1,18 +1,18 @@
-"""Write the findings and the report card into README.md between their marks: run after `publish`."""
+"""Write the answers, the findings and the report card into README.md between their marks: run after `publish`."""
 import re
 from pathlib import Path
 
 from patchmix_repro.core import project_root
-from patchmix_repro.home import found, in_short
+from patchmix_repro.home import answers, found, in_short
 from patchmix_repro.report_card import report_card
 
-MARKS = {name: re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- end of the {name} -->\n)", re.DOTALL) for name in ("findings", "report card")}
+MARKS = {name: re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- end of the {name} -->\n)", re.DOTALL) for name in ("answers", "findings", "report card")}
 
 
 def blocks():
     "The texts between the marks, from results/."
     cards = {f"{data}, mini": report_card(project_root() / "results", data, "mini") for data in ("shapes9", "caltech9")}
-    return {"findings": "".join(f"- {sentence}\n" for sentence in found(cards)), "report card": in_short(cards)}
+    return {"answers": "".join(f"- {line}\n" for line in answers(cards)), "findings": "".join(f"- {sentence}\n" for sentence in found(cards)), "report card": in_short(cards)}
 
 
 if __name__ == "__main__":
