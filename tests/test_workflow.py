@@ -196,3 +196,6 @@ def test_the_whole_graph_is_taken_up_again_and_never_repeated(graph, tmp_path, m
         assert (page.parent / link).exists(), f"{page.name}: {link}"
     third = snakemake(*arguments, cwd=graph)
     assert third.returncode == 0 and "Nothing to be done" in third.stdout + third.stderr
+    unlike = {"bfloat16": "float32", "float32": "bfloat16"}[sweep_of({}).precision]
+    other = snakemake("-n", *arguments, f"precision={unlike}", cwd=graph)
+    assert re.search(r"^train\s+2$", other.stdout + other.stderr, re.MULTILINE), "another parameter runs again what depends on it"
