@@ -1,4 +1,4 @@
-"""What tests do in a process of its own, to kill it there: forked from a process that has torch loaded, which takes longer to import than most of it to run."""
+"""What tests run in a process of its own, to kill it there: forked from one that has torch loaded, because importing it takes longer than most of this."""
 import multiprocessing
 import signal
 import time
@@ -6,12 +6,12 @@ import time
 
 def start(target, *given):
     "The function, begun in a new process; it gets copies of what is given."
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=given)
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=given, daemon=True)  # a failed test leaves none behind
     process.start()
     return process
 
 
-def killed(process, condition, seconds=240):
+def kill_when(process, condition, seconds=240):
     "kill -9 as soon as the condition holds; the process must still be running then."
     end = time.monotonic() + seconds
     while not condition():

@@ -1,10 +1,9 @@
 """Blocks, conditions, resumption, and what the rows say: every image once under every condition, whatever interrupts."""
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from children import evaluate_slowly, killed, start
+from children import evaluate_slowly, kill_when, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -390,7 +389,7 @@ def test_a_torn_part_is_reported_and_measured_again(tmp_path, dataset, rows):
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     n, parts = 5 * BLOCK, tmp_path / "out" / "parts"
-    killed(start(evaluate_slowly, n, tmp_path / "out"), lambda: len(list(parts.glob("part-*.parquet"))) >= 2)
+    kill_when(start(evaluate_slowly, n, tmp_path / "out"), lambda: len(list(parts.glob("part-*.parquet"))) >= 2)
     done, model = len(list(parts.glob("part-*.parquet"))), Linear()
     resumed = evaluate(model, images(n), CONDITIONS, out=tmp_path / "out")
     assert 2 <= done < 5 and model.calls == (5 - done) * forward_passes(BLOCK) * len(CONDITIONS)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from children import killed, start, train
+from children import kill_when, start, train
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import CPU, ends
@@ -73,7 +73,7 @@ def whole(photos, teacher, tmp_path_factory):
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 needs a POSIX system")
 def test_kill_and_resume_is_exact(photos, teacher, whole, tmp_path):
     config = tokens(photos, teacher, tmp_path / "killed")
-    killed(start(train, config), lambda: (tmp_path / "killed" / "checkpoints" / "step-000000002").exists())  # mid-epoch
+    kill_when(start(train, config), lambda: (tmp_path / "killed" / "checkpoints" / "step-000000002").exists())  # mid-epoch
     assert state.checkpoints(config.out)[-1].name < "step-000000008"  # of 8
     training.train(config, progress=False)
     (tensors, meta, model), (again, meta_again, model_again) = ends(whole.folder), ends(config.out)

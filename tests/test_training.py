@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from children import killed, start, train
+from children import kill_when, start, train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -58,11 +58,11 @@ def ends(out):
 def test_kill_and_resume_is_exact(photos, tmp_path):
     whole, config = small(photos, tmp_path / "whole"), small(photos, tmp_path / "killed")
     training.train(whole, progress=False)
-    killed(start(train, config), lambda: (Path(config.out) / "checkpoints" / "step-000000004").exists())  # mid-epoch
+    kill_when(start(train, config), lambda: (Path(config.out) / "checkpoints" / "step-000000004").exists())  # mid-epoch
     reached = [p.name for p in state.checkpoints(config.out)]
     assert reached and reached[-1] < "step-000000020"  # of 20 steps in all
     sign = tmp_path / "saving"
-    killed(start(train, config, 14, sign), sign.exists)  # during a save
+    kill_when(start(train, config, 14, sign), sign.exists)  # during a save
     assert list(Path(config.out).glob("checkpoints/.step-*.tmp")), "the kill was meant to leave a torn save"
     assert state.checkpoints(config.out)[-1].name == "step-000000012"
     again = start(train, config)
